@@ -1,0 +1,1 @@
+"""The control plane: accounts, organizations, keys, quotas. Not built yet."""
