@@ -1,0 +1,1 @@
+"""Numbered SQL migrations, installed as `control.migrations`."""

@@ -1,0 +1,1 @@
+"""Pages of the dashboard, installed as `control.templates`."""
