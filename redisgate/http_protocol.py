@@ -1,0 +1,491 @@
+"""HTTP connections: one object each, which frames requests and keeps answers in order.
+
+A request whose header block equals its predecessor's on the connection is
+framed without interpreting the block again. Requests may be pipelined; up to
+a bound they are under way together, and their answers leave in order.
+
+Whatever is ambiguous about where a request ends closes the connection: the
+next bytes could be anybody's.
+"""
+
+import asyncio
+import email.utils
+import re
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from redisgate.config import Limits
+from redisgate.http_head import ChunkedBody, Head, HttpError, parse_head
+from redisgate.replies import JSON
+
+if TYPE_CHECKING:
+    from redisgate.exchange import Exchange
+    from redisgate.gateway import Gateway
+
+METHODS = {b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS"}
+ALLOW = b"Allow: GET, HEAD, POST, PUT\r\n"
+MAX_UNPARSED_BYTES = 64 * 1024
+"""What is read ahead of the requests under way before reading pauses."""
+MIN_BODY_BYTES_PER_SECOND = 16 * 1024
+"""A body has `body_timeout` seconds, and as many more as this rate gives what has come."""
+LINGER_SECONDS = 2.0
+"""How long the rest of a refused request is read and thrown away, so that the refusal is not lost to a reset."""
+WRITE_BUFFER_BYTES = 256 * 1024
+"""Answers that a client has not taken, beyond which its next request waits."""
+
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+_CONTROLS = re.compile(rb"[\x00-\x20\x7f]")
+
+
+class ResponseHeads:
+    """Heads of responses up to the sync token, made once a second for each status and content type."""
+
+    __slots__ = ("_counter", "_date", "_heads", "_token")
+
+    def __init__(self, token: bytes) -> None:
+        """`token` distinguishes this process in sync tokens."""
+        self._token = token
+        self._counter = 0
+        self._heads: dict[bytes, dict[int, bytes]] = {}
+        self.renew()
+
+    def renew(self) -> None:
+        """Take the date of now; call once a second."""
+        self._heads.clear()
+        self._date = email.utils.formatdate(usegmt=True).encode()
+
+    def start(self, status: int, content_type: bytes) -> bytes:
+        """The status line, and the header lines that every response has."""
+        by_status = self._heads.get(content_type)
+        if by_status is None:
+            by_status = self._heads[content_type] = {}
+        head = by_status.get(status)
+        if head is None:
+            head = by_status[status] = b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\nUpstash-Sync-Token: %b" % (
+                status,
+                HTTPStatus(status).phrase.encode(),
+                self._date,
+                content_type,
+                self._token,
+            )
+        self._counter += 1
+        return b"%b%x\r\n" % (head, self._counter)
+
+
+class HttpServer:
+    """What the HTTP connections of one worker share."""
+
+    def __init__(self, gateway: "Gateway", limits: Limits, heads: ResponseHeads) -> None:
+        self.gateway = gateway
+        self.limits = limits
+        self.heads = heads
+        self.connections: set[HttpConnection] = set()
+        self.draining = False
+        self.now = time.monotonic()  # of the last sweep; good enough for time-outs
+        self._timer: asyncio.TimerHandle | None = None
+
+    def protocol(self) -> "HttpConnection":
+        """For `loop.create_server`."""
+        return HttpConnection(self)
+
+    def start(self) -> None:
+        """Begin to look for overdue connections, once a second."""
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
+
+    def _sweep(self) -> None:
+        self.now = now = time.monotonic()
+        self.heads.renew()
+        for connection in [connection for connection in self.connections if connection.deadline < now]:
+            connection.overdue()
+        self.start()
+
+    async def drain(self, timeout: float) -> int:
+        """Close idle connections, let the others finish; returns how many were cut off after `timeout` seconds."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.drain()
+        deadline = time.monotonic() + timeout
+        while self.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        left = len(self.connections)
+        for connection in list(self.connections):
+            connection.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+        return left
+
+
+class HttpConnection(asyncio.Protocol):
+    """One client connection."""
+
+    __slots__ = (
+        "_body",
+        "_chunked",
+        "_head",
+        "_held",
+        "_held_behind",
+        "_line",
+        "_missing",
+        "_paused",
+        "_refusing",
+        "_tail",
+        "closing",
+        "deadline",
+        "exchanges",
+        "on_writable",
+        "route",
+        "server",
+        "transport",
+        "write_paused",
+    )
+
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
+        self.transport: asyncio.Transport | None = None
+        self.exchanges: deque[Exchange] = deque()
+        self.deadline = float("inf")
+        self.route: object = None  # the Redis connection that the requests under way went to
+        # Per request
+        self._head: Head | None = None  # of the last request
+        self._line: tuple[bytes, bytes] | None = None  # method and target of a request whose body is awaited
+        self._body: list[bytes] = []
+        self._missing = 0
+        self._chunked: ChunkedBody | None = None
+        self._held: Callable[[], None] | None = None  # to be called once enough answers have left
+        self._held_behind = 0  # exchanges that may still be under way then
+        # Flow
+        self._tail = b""  # received, not yet framed
+        self._paused = False
+        self._refusing = False  # reads and throws away
+        self.closing = False  # no further request is taken
+        self.write_paused = False
+        self.on_writable: Callable[[], None] | None = None
+
+    # Events
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        server = self.server
+        if server.draining or len(server.connections) >= server.limits.max_connections:
+            transport.abort()
+            return
+        server.connections.add(self)
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self.deadline = server.now + server.limits.idle_timeout
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.server.connections.discard(self)
+        self.closing = True
+        self.deadline = float("inf")
+        self._tail = b""
+        self._body = []
+        self._held = None
+        exchanges = list(self.exchanges)
+        self.exchanges.clear()
+        for exchange in exchanges:
+            exchange.client_gone()
+
+    def eof_received(self) -> bool:
+        # A client may close its sending side and still wait for its answers.
+        if self.exchanges:
+            self.closing = True
+            return True
+        return False
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusing:
+            return
+        if self._tail:
+            data = self._tail + data
+            self._tail = b""
+        try:
+            self._frame(data)
+        except HttpError as error:
+            self.refuse(error)
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        self.deadline = self.server.now + self.server.limits.write_timeout
+        for exchange in self.exchanges:
+            exchange.client_slow()
+            break
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        self.deadline = float("inf")
+        for exchange in self.exchanges:
+            exchange.client_ready()
+            break
+        self._settle()
+
+    # Framing
+
+    def _frame(self, data: bytes) -> None:
+        """Dispatch the requests that are whole in `data`; keep the rest."""
+        limits = self.server.limits
+        while data:
+            if self._line is not None:
+                rest = self._read_body(data)
+                if rest is None:
+                    return
+                data = rest
+                continue
+            if self.closing:
+                return
+            if self._held is not None or self.write_paused or len(self.exchanges) >= limits.max_pipelined_requests:
+                self._keep(data)
+                return
+            end = data.find(b"\r\n\r\n")
+            if end < 0 or not end:
+                if data.startswith(b"\r\n"):
+                    data = data[2:]  # RFC 9112 section 2.2: an empty line before the request line
+                    continue
+                self._await_head(data)
+                return
+            line_end = data.find(b"\r\n")
+            if not line_end:
+                data = data[2:]
+                continue
+            method, target, version = self._request_line(data[:line_end])
+            block = data[line_end:end]
+            head = self._head
+            if head is None or head.block != block or head.version != version:
+                if len(block) > limits.max_header_bytes:
+                    raise HttpError(431, f"header block of more than {limits.max_header_bytes} bytes")
+                self._head = None
+                head = parse_head(block, version)
+                self.server.gateway.prepare(head)
+                self._head = head
+            body_start = end + 4
+            length = head.content_length
+            if length or head.chunked:
+                rest = data[body_start:]
+                if method == b"CONNECT":
+                    raise HttpError(405, "CONNECT is not supported", ALLOW)
+                if length > limits.max_body_bytes:
+                    raise HttpError(
+                        413, f"max request size exceeded. Limit: {limits.max_body_bytes} bytes, Actual: {length} bytes"
+                    )
+                if len(rest) >= length and not head.chunked:
+                    body = rest[:length]
+                    data = rest[length:]
+                    self._dispatch(method, target, head, body)
+                    continue
+                self._begin_body(method, target, head)
+                data = rest
+                continue
+            data = data[body_start:]
+            self._dispatch(method, target, head, b"")
+        if not self.exchanges and not self.write_paused:
+            self.deadline = self.server.now + self.server.limits.idle_timeout
+
+    def _request_line(self, line: bytes) -> tuple[bytes, bytes, bytes]:
+        """Method, target, version. Raises HttpError."""
+        limits = self.server.limits
+        parts = line.split(b" ")
+        if len(parts) != 3:
+            raise HttpError(400, "malformed request line")
+        method, target, version = parts
+        if len(target) > limits.max_target_bytes:
+            raise HttpError(414, f"request target of more than {limits.max_target_bytes} bytes")
+        # isprintable() is the quick test; it is also false for some bytes that are allowed.
+        if not line.decode("latin-1").isprintable() and _CONTROLS.search(method + target + version):
+            raise HttpError(400, "control characters in the request line")
+        if version != b"HTTP/1.1" and version != b"HTTP/1.0":
+            raise HttpError(400, "only HTTP/1.1 and HTTP/1.0 are understood")
+        if method not in METHODS:
+            if not method.isalpha():
+                raise HttpError(400, "malformed method")
+            if method == b"CONNECT":
+                raise HttpError(405, "CONNECT is not supported", ALLOW)
+        if target[:1] != b"/":
+            # RFC 9112 section 3.2.2: the absolute form that proxies are sent; its host counts for Host.
+            match = re.match(rb"https?://[^/?#]+", target, re.IGNORECASE)
+            if match is None:
+                if not (method == b"OPTIONS" and target == b"*"):
+                    raise HttpError(400, "malformed request target")
+            else:
+                rest = target[match.end() :]
+                target = rest if rest.startswith(b"/") else b"/" + rest
+        return method, target, version
+
+    def _await_head(self, data: bytes) -> None:
+        limits = self.server.limits
+        line_end = data.find(b"\r\n")
+        if line_end < 0:
+            if len(data) > limits.max_target_bytes + 64:
+                raise HttpError(414, f"request target of more than {limits.max_target_bytes} bytes")
+        elif len(data) - line_end > limits.max_header_bytes:
+            raise HttpError(431, f"header block of more than {limits.max_header_bytes} bytes")
+        if _BARE_LF.search(data):
+            raise HttpError(400, "a line that ends without carriage return")
+        if not self._tail and not self.exchanges and self.deadline > self.server.now + limits.header_timeout:
+            self.deadline = self.server.now + limits.header_timeout
+        self._tail = data
+
+    def _begin_body(self, method: bytes, target: bytes, head: Head) -> None:
+        self._line = method, target
+        self._body = []
+        self._missing = head.content_length
+        self._chunked = ChunkedBody() if head.chunked else None
+        self.deadline = self.server.now + self.server.limits.body_timeout
+        if head.expect_continue and self.transport is not None:
+            # Answers leave in order, an interim one too.
+            if self.exchanges:
+                self.hold(self._continue, 0)
+            else:
+                self._continue()
+
+    def _continue(self) -> None:
+        if self.transport is not None:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _read_body(self, data: bytes) -> bytes | None:
+        """Take what belongs to the body; returns what follows it once it is whole."""
+        assert self._line is not None and self._head is not None
+        if self._chunked is not None:
+            rest = self._chunked.feed(data, self.server.limits.max_body_bytes)
+            self.deadline += len(data) / MIN_BODY_BYTES_PER_SECOND
+            if rest is None:
+                return None
+            body = b"".join(self._chunked.parts)
+        else:
+            piece = data[: self._missing]
+            self._body.append(piece)
+            self._missing -= len(piece)
+            self.deadline += len(piece) / MIN_BODY_BYTES_PER_SECOND
+            if self._missing:
+                return None
+            rest = data[len(piece) :]
+            body = b"".join(self._body)
+        method, target = self._line
+        self._line = None
+        self._body = []
+        self._chunked = None
+        if self._held is not None and self._held_behind == 0:
+            self._held = None  # the client did not wait for 100 Continue
+        self._dispatch(method, target, self._head, body)
+        return rest
+
+    def _dispatch(self, method: bytes, target: bytes, head: Head, body: bytes) -> None:
+        self.deadline = float("inf")
+        if not head.keep_alive:
+            self.closing = True
+        self.server.gateway.handle(self, method, target, head, body)
+
+    def _keep(self, data: bytes) -> None:
+        self._tail = data
+        if len(data) > MAX_UNPARSED_BYTES and not self._paused and self.transport is not None:
+            self._paused = True
+            self.transport.pause_reading()
+
+    # Order
+
+    def hold(self, resume: Callable[[], None], behind: int = 1) -> None:
+        """Call `resume` when at most `behind` exchanges are under way; dispatch no further request until then."""
+        self._held = resume
+        self._held_behind = behind
+
+    def release(self) -> None:
+        """Go on after a `hold` that nobody will resume."""
+        self._held = None
+        if self._tail:
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def answered(self, exchange: "Exchange", payload: bytes) -> None:
+        """`payload` is the whole response of `exchange`, or the last of it."""
+        exchanges = self.exchanges
+        if exchanges[0] is not exchange:
+            exchange.waiting_payload = payload
+            return
+        transport = self.transport
+        assert transport is not None
+        exchanges.popleft()
+        transport.write(payload)
+        while exchanges and exchanges[0].waiting_payload is not None:
+            transport.write(exchanges.popleft().waiting_payload or b"")
+        self._settle()
+
+    def _settle(self) -> None:
+        """After an answer: close, or go on with what waits."""
+        exchanges = self.exchanges
+        if exchanges:
+            exchanges[0].at_front()
+        if self._held is not None:
+            if len(exchanges) <= self._held_behind and not self.write_paused:
+                held, self._held = self._held, None
+                held()
+        elif not exchanges:
+            if self.closing or self.server.draining:
+                self.closing = True
+                if self._line is None and self.transport is not None and not self._refusing:
+                    self.transport.close()
+                return
+            if not self.write_paused:
+                self.deadline = self.server.now + self.server.limits.idle_timeout
+        if self._tail and self._held is None and not self.write_paused:
+            # Not from here: a long run of pipelined requests would nest as deep as it is long.
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._paused and self.transport is not None and not self.transport.is_closing():
+            self._paused = False
+            self.transport.resume_reading()
+        self.data_received(b"")
+
+    # Ends
+
+    def refuse(self, error: HttpError) -> None:
+        """Answer what cannot be framed, and take nothing more."""
+        from redisgate.exchange import Exchange
+
+        self.closing = True
+        self._line = None
+        self._tail = b""
+        head = self._head or Head(b"", b"HTTP/1.1")
+        head.keep_alive = False
+        exchange = Exchange(self, head, b"GET")
+        self._refusing = True
+        exchange.rendering = head.rendering or JSON
+        exchange.error(error.status, b"ERR " + str(error).encode(), error.headers)
+        transport = self.transport
+        if transport is not None and not transport.is_closing():
+            if transport.can_write_eof() and not self.exchanges:
+                transport.write_eof()
+            self.deadline = self.server.now + LINGER_SECONDS
+
+    def overdue(self) -> None:
+        """The deadline has passed."""
+        if self.write_paused or self._refusing or not (self._tail or self._line):
+            self.abort()
+        elif not self.exchanges:
+            self.refuse(HttpError(408, "the request did not arrive in time"))
+
+    def drain(self) -> None:
+        """Take no further request; close when those under way are answered."""
+        if not self.exchanges and self._line is None and not self._tail:
+            self.closing = True
+            if self.transport is not None:
+                self.transport.close()
+        for exchange in self.exchanges:
+            exchange.drain()
+
+    def reset(self) -> None:
+        """Close at once by RST, which no reader takes for the end of a body."""
+        if self.transport is not None:
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.abort()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self.closing = True
+        if self.transport is not None:
+            self.transport.abort()

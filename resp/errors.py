@@ -1,0 +1,27 @@
+"""What can go wrong between a command and its reply.
+
+The families answer one question for whoever sent the command: may it have
+run? `Unavailable` says certainly not; `ReplyLost` and `ReplyTimeout` say that
+it may have. Error replies are not exceptions: they are values, as Redis sent
+them.
+"""
+
+
+class RespError(Exception):
+    """Base of everything this package raises or hands to a waiter."""
+
+
+class Unavailable(RespError):
+    """The command was never passed to the transport: it has not run."""
+
+
+class ReplyLost(RespError):
+    """The command was passed to the transport and its reply was lost: it may have run."""
+
+
+class ReplyTimeout(ReplyLost):
+    """The command was passed to the transport and not answered in time: it may run yet."""
+
+
+class ProtocolError(RespError):
+    """The server sent something that is not RESP2, or a reply nobody waits for."""
