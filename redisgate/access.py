@@ -5,15 +5,16 @@ table knows nothing of where its rows come from: configuration fills it now,
 a control plane may fill it later, and commands flow while that is away.
 """
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from redisgate.config import InstanceConfig, TokenConfig
+from redisgate.config import InstanceConfig
 from redisgate.policy import Policy, Scope
-from redisgate.scripts import ScriptCache
+from redisgate.scripts import InstanceScripts, ScriptCache
 from resp.address import Address
 from resp.commands import bundled_table
 from resp.monitor import MonitorHub
@@ -59,7 +60,7 @@ class Instance:
         self.id = config.id
         self.slug = config.slug
         self.table = bundled_table()
-        self.scripts = scripts
+        self.scripts = InstanceScripts(scripts, config.id)
         self.backend = Backend(config.address, config)
         self._policies: dict[Scope, Policy] = {}
         self._users: OrderedDict[tuple[str, str], Backend] = OrderedDict()
@@ -189,6 +190,6 @@ class AccessTable:
             instance.close()
 
 
-def token_digest_name(token: TokenConfig) -> bytes:
-    """What identifies a token in files and logs instead of itself."""
-    return token.name.encode()
+def token_digest(token: str) -> bytes:
+    """What names a token in shared memory and files: 32 bytes."""
+    return hashlib.blake2b(token.encode(), digest_size=32, person=b"token").digest()

@@ -26,6 +26,7 @@ from redisgate.replies import JSON
 if TYPE_CHECKING:
     from redisgate.exchange import Exchange
     from redisgate.gateway import Gateway
+    from redisgate.streams import StreamExchange
 
 METHODS = {b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS"}
 ALLOW = b"Allow: GET, HEAD, POST, PUT\r\n"
@@ -85,6 +86,7 @@ class HttpServer:
         self.limits = limits
         self.heads = heads
         self.connections: set[HttpConnection] = set()
+        self.streams: set[StreamExchange] = set()
         self.draining = False
         self.now = time.monotonic()  # of the last sweep; good enough for time-outs
         self._timer: asyncio.TimerHandle | None = None

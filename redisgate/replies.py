@@ -406,4 +406,3 @@ class JsonStream:
 JSON = JsonRendering()
 BASE64 = Base64Rendering()
 RESP2 = Resp2Rendering()
-

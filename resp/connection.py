@@ -19,7 +19,7 @@ from resp.address import Address
 from resp.encoder import encode_commands
 from resp.errors import ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
 from resp.parser import ErrorReply, Parser
-from resp.scanner import COLON, DOLLAR, FrameScanner, MINUS, PLUS
+from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner
 
 STREAM_THRESHOLD_BYTES = 256 * 1024
 """A run of replies larger than this is streamed to its waiter, and ends the connection's part in sharing."""

@@ -59,7 +59,7 @@ class Parser:
         except hiredis.ProtocolError as error:
             self._reset()  # hiredis never recovers; the next reply needs a reader without history
             raise ProtocolError(str(error)) from error
-        if replies and replies[-1] is _INCOMPLETE or self._reader.has_data():
+        if (replies and replies[-1] is _INCOMPLETE) or self._reader.has_data():
             self._reset()
             raise ProtocolError("the replies do not end where they should")
         return replies

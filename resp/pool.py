@@ -255,6 +255,11 @@ class Pool:
         return connection.transactions if connection is not None else None
 
     @property
+    def shared(self) -> Connection | None:
+        """The fast lane's connection, if there is one at this moment."""
+        return self._fast.current
+
+    @property
     def connection_count(self) -> int:
         """Connections open or being made."""
         return self._count()

@@ -1,0 +1,80 @@
+"""The command line: `redisgate serve`, `dev`, `check`, `version`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import redisgate
+
+_NOTHING_CONFIGURED = """\
+redisgate: no Redis is configured. Either
+
+  REDISGATE_REDIS_URL=redis://127.0.0.1:6379 REDISGATE_TOKEN=<a long secret> redisgate serve
+
+or a file with instances and tokens: redisgate serve --config FILE
+To try it without a Redis of your own: redisgate dev"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and flags."""
+    from redisgate import config
+
+    parser = argparse.ArgumentParser(prog="redisgate", description="Redis over HTTP.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    serve = commands.add_parser(
+        "serve",
+        help="serve the Redis servers that are configured",
+        description="Serve the Redis servers that are configured.",
+        epilog="example: REDISGATE_REDIS_URL=redis://127.0.0.1:6379 REDISGATE_TOKEN=secret redisgate serve --port 3000",
+    )
+    config.add_flags(serve)
+    dev = commands.add_parser(
+        "dev",
+        help="start a Redis of its own and serve it, for development",
+        description="Start a Redis of its own and serve it, with tokens that stay the same. Ctrl-C stops both.",
+        epilog="example: redisgate dev --port 3000 --data ./data",
+    )
+    dev.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    dev.add_argument("--port", default="3000", help="port to listen on (3000); 0 picks a free one")
+    dev.add_argument("--data", metavar="DIR", default=".redisgate/dev", help="where data and tokens are kept")
+    check = commands.add_parser(
+        "check",
+        help="connect to every configured Redis and say what is wrong",
+        description="Connect to every configured Redis and say what is wrong and how to mend it.",
+    )
+    config.add_flags(check)
+    commands.add_parser("version", help="print the version")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a failure, 2 for wrong usage or settings."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments in (["version"], ["--version"]):
+        print(f"redisgate {redisgate.__version__}")
+        return 0
+    options = vars(build_parser().parse_args(arguments))
+    command = options.pop("command")
+    from redisgate.config import ConfigError, load
+
+    environ, cwd = dict(os.environ), Path.cwd()
+    try:
+        if command == "dev":
+            from redisgate.dev import run_dev
+
+            return run_dev(options["host"], options["port"], Path(options["data"]))
+        settings = load(options, environ, cwd)
+        if not settings.instances:
+            print(_NOTHING_CONFIGURED, file=sys.stderr)
+            return 2
+        if command == "check":
+            from redisgate.check import run_check
+
+            return run_check(settings)
+        from redisgate.supervisor import run
+
+        return run(settings, lambda: load(options, environ, cwd))
+    except ConfigError as error:
+        print(f"redisgate: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,557 @@
+"""Every setting: its flag, its variable, its line in the file; in that order of precedence.
+
+The table `SETTINGS` is the only place where a setting is described. The command
+line, the reading of variables and files, and the page docs/configuration.md
+all come from it. Limits are settings of the table `[limits]` in the file.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import os
+import re
+import secrets
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redisgate.policy import Scope, validate_names
+from resp.address import Address, parse_url
+from resp.commands import bundled_table
+
+
+class ConfigError(Exception):
+    """A setting is wrong. One line: where, what, and how to mend it; never a secret."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one worker; sizes in bytes, times in seconds."""
+
+    max_target_bytes: int = 16 * 1024
+    max_header_bytes: int = 32 * 1024
+    max_body_bytes: int = 10 * 1024 * 1024
+    max_pipelined_requests: int = 64
+    max_client_buffer_bytes: int = 1024 * 1024
+    max_connections: int = 65536
+    header_timeout: float = 10.0
+    body_timeout: float = 30.0
+    idle_timeout: float = 75.0
+    write_timeout: float = 30.0
+    drain_timeout: float = 30.0
+    heartbeat_interval: float = 15.0
+
+
+@dataclass(frozen=True)
+class InstanceConfig:
+    """A Redis that tokens can name; times in seconds."""
+
+    id: str
+    address: Address
+    slug: str = ""
+    pool_size: int = 8
+    max_waiting: int = 10_000
+    connect_timeout: float = 2.0
+    command_timeout: float = 10.0
+    stall_timeout: float = 10.0
+    idle_timeout: float = 60.0
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    """What one token may do."""
+
+    token: str = field(repr=False)
+    instance: str
+    name: str
+    scope: Scope = Scope()
+    expires: float | None = None
+    """Unix seconds."""
+    rate: int | None = None
+    """Commands per second."""
+    daily: int | None = None
+    """Commands per UTC day."""
+    user: str | None = None
+    """The Redis user it acts as."""
+    password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a gateway is told."""
+
+    host: str = "127.0.0.1"
+    port: int = 3000
+    workers: int = 1
+    base_domain: str = ""
+    state_dir: Path = Path(".")
+    secret_key: bytes = field(default=b"", repr=False)
+    secret_key_is_default: bool = True
+    cors_origins: tuple[str, ...] = ()
+    log_level: str = "info"
+    log_format: str = "text"
+    limits: Limits = Limits()
+    instances: tuple[InstanceConfig, ...] = ()
+    tokens: tuple[TokenConfig, ...] = ()
+
+
+# Kinds of values: from text or TOML to what Settings holds. Each raises ValueError with what it expects.
+
+_SIZE = re.compile(r"(\d+)\s*([KMG]?)(?:i?B?)", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.IGNORECASE)
+
+
+def text(value: Any) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise ValueError("expected text")
+    return value
+
+
+def size(value: Any) -> int:
+    """Bytes: 10485760 or "10MiB"."""
+    match = _SIZE.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
+    if match is None or int(match[1]) == 0:
+        raise ValueError('expected a size above zero such as 10485760 or "10MiB"')
+    return int(match[1]) * 1024 ** " KMG".index(match[2].upper() or " ")
+
+
+def duration(value: Any) -> float:
+    """Seconds: 2.5 or "2500ms"."""
+    match = _DURATION.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
+    if match is None or float(match[1]) == 0:
+        raise ValueError('expected a time above zero such as 30, "500ms" or "2m"')
+    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[(match[2] or "s").lower()]
+
+
+def count(minimum: int, maximum: int) -> Callable[[Any], int]:
+    """A whole number within bounds."""
+
+    def parse(value: Any) -> int:
+        digits = str(value).strip()
+        if isinstance(value, bool) or not re.fullmatch(r"\d+", digits) or not minimum <= int(digits) <= maximum:
+            raise ValueError(f"expected a whole number from {minimum} to {maximum}")
+        return int(digits)
+
+    return parse
+
+
+def choice(*names: str) -> Callable[[Any], str]:
+    """One of some words."""
+
+    def parse(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"expected one of {', '.join(names)}")
+        return str(value)
+
+    return parse
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """A list, or text separated by commas."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ValueError("expected a list of texts")
+    return tuple(item.strip() for item in items if item.strip())
+
+
+def boolean(value: Any) -> bool:
+    """True or false."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError("expected true or false")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting; `name` is its attribute of `Settings` or, with `limit`, of `Limits`."""
+
+    name: str
+    parse: Callable[[Any], Any]
+    default: Any
+    help: str
+    limit: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "REDISGATE_" + self.name.upper()
+
+
+def _limit(name: str, parse: Callable[[Any], Any], help: str) -> Setting:
+    return Setting(name, parse, getattr(Limits(), name), help, limit=True)
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("host", text, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all"),
+    Setting("port", count(0, 65535), 3000, "port to listen on; 0 picks a free one"),
+    Setting("workers", count(1, 256), None, "worker processes; by default one per core"),
+    Setting("base_domain", text, "", "wildcard domain: <slug>.<base_domain> names an instance"),
+    Setting("state_dir", text, None, "directory for daily counts and the generated secret key"),
+    Setting(
+        "secret_key", text, None, "key that encrypts ACL RESTTOKEN tokens; by default generated and kept in state_dir"
+    ),
+    Setting("cors_origins", names, (), "origins that browsers may call from, or *"),
+    Setting("log_level", choice("debug", "info", "warning", "error"), "info", "what is logged"),
+    Setting("log_format", choice("text", "json"), "text", "how it is logged"),
+    _limit("max_target_bytes", size, "longest request target, else 414"),
+    _limit("max_header_bytes", size, "largest header block, else 431"),
+    _limit("max_body_bytes", size, "largest request body, else 413"),
+    _limit(
+        "max_pipelined_requests", count(1, 10_000), "requests under way on one client connection; then reading pauses"
+    ),
+    _limit("max_client_buffer_bytes", size, "bytes a stream's client may leave unread before it is cut off"),
+    _limit("max_connections", count(1, 1_000_000), "client connections of one worker; more are closed at once"),
+    _limit("header_timeout", duration, "for the header block to arrive, else 408"),
+    _limit("body_timeout", duration, "for the body to arrive (and 1 s more for each 16 KiB), else 408"),
+    _limit("idle_timeout", duration, "before an idle client connection is closed"),
+    _limit("write_timeout", duration, "for a client to take its answers, else its connection is closed"),
+    _limit("drain_timeout", duration, "for requests under way to finish when stopping"),
+    _limit("heartbeat_interval", duration, "between comment lines on a quiet stream"),
+)
+
+_POOL = InstanceConfig("", Address())
+INSTANCE_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "id": (text, "name in /redis/<id>/…; required"),
+    "slug": (text, "another name, and its label under base_domain; by default the id"),
+    "url": (text, "redis://, rediss:// or unix:// URL; or url_env"),
+    "url_env": (text, "variable that holds the URL"),
+    "tls_ca_file": (text, "certificate authorities to trust"),
+    "tls_cert_file": (text, "client certificate"),
+    "tls_key_file": (text, "its key"),
+    "tls_server_name": (text, "name the server's certificate must have"),
+    "tls_verify": (boolean, "false: do not verify the server (only for tests)"),
+    "pool_size": (count(2, 1000), f"connections per worker (default {_POOL.pool_size})"),
+    "max_waiting": (count(1, 10_000_000), f"commands waiting per worker, then 503 (default {_POOL.max_waiting})"),
+    "connect_timeout": (duration, f"seconds (default {_POOL.connect_timeout:g})"),
+    "command_timeout": (duration, f"seconds, then 504 (default {_POOL.command_timeout:g})"),
+    "stall_timeout": (
+        duration,
+        f"seconds of silence after a 504 before the connection is closed (default {_POOL.stall_timeout:g})",
+    ),
+    "idle_timeout": (duration, f"seconds before unused connections are closed (default {_POOL.idle_timeout:g})"),
+}
+TOKEN_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "token": (text, "the secret; or token_env or token_file"),
+    "token_env": (text, "variable that holds it"),
+    "token_file": (text, "file that holds it"),
+    "instance": (text, "id of its instance; required unless there is only one"),
+    "name": (text, "what logs and counts call it; required"),
+    "readonly": (boolean, "only commands that read"),
+    "allow": (names, 'commands and "@categories" it may run; nothing: all'),
+    "deny": (names, "commands and categories it may not run; wins over allow"),
+    "prefixes": (names, "key prefixes; only commands all of whose keys have one"),
+    "expires": (lambda value: value, "date and time, or unix seconds"),
+    "rate": (count(1, 10_000_000), "commands per second"),
+    "daily": (count(1, 10**12), "commands per UTC day"),
+    "user": (text, "Redis user it acts as"),
+    "password": (text, "that user's password; or password_env"),
+    "password_env": (text, "variable that holds it"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of all settings, for `redisgate serve`."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings, instances and tokens")
+    parser.add_argument("--srh-tokens", metavar="FILE", help="tokens.json of serverless-redis-http")
+    for setting in SETTINGS:
+        parser.add_argument(setting.flag, metavar=setting.name.upper(), dest=setting.name, help=setting.help)
+
+
+def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Settings:
+    """The settings from flags (a parsed command line's `vars()`), variables and file.
+
+    Raises:
+        ConfigError: one of them is wrong.
+    """
+    from redisgate import srh
+
+    path = flags.get("config") or environ.get("REDISGATE_CONFIG")
+    document = _read_file(cwd / path) if path else {}
+    where = str(path)
+    limits_table = document.pop("limits", {})
+    instance_tables = document.pop("instances", [])
+    token_tables = document.pop("tokens", [])
+    known = {setting.name for setting in SETTINGS}
+    _check_keys(document, {name for name in known if not _by_name(name).limit}, where, "")
+    _check_keys(limits_table, {setting.name for setting in SETTINGS if setting.limit}, where, "limits.")
+    general: dict[str, Any] = {}
+    limits: dict[str, Any] = {}
+    for setting in SETTINGS:
+        table, prefix = (limits_table, "limits.") if setting.limit else (document, "")
+        source, raw = f"{setting.flag}", flags.get(setting.name)
+        if raw is None:
+            source, raw = setting.variable, environ.get(setting.variable)
+        if raw is None:
+            source, raw = f"{where}: {prefix}{setting.name}", table.get(setting.name)
+        value = setting.default if raw is None else _parse(setting.parse, raw, source)
+        (limits if setting.limit else general)[setting.name] = value
+    instances = [_instance(table, index, where, environ) for index, table in enumerate(instance_tables)]
+    tokens = [_token(table, index, where, environ, instances, cwd) for index, table in enumerate(token_tables)]
+    _from_environment(environ, instances, tokens)
+    if not instances or srh.is_set(environ):
+        found = srh.load(environ, cwd, flags.get("srh_tokens"))
+        if found is not None:
+            instances += found.instances
+            tokens += found.tokens
+            if flags.get("port") is None and "REDISGATE_PORT" not in environ and "port" not in document:
+                general["port"] = found.port
+            if flags.get("host") is None and "REDISGATE_HOST" not in environ and "host" not in document:
+                general["host"] = found.host
+    _check_unique(instances, tokens)
+    state_dir = Path(general.pop("state_dir") or default_state_dir(environ))
+    secret = general.pop("secret_key")
+    if secret is not None and len(secret) < 16:
+        raise ConfigError("REDISGATE_SECRET_KEY is shorter than 16 characters; `openssl rand -hex 32` makes a good one")
+    general["workers"] = general["workers"] or len(os.sched_getaffinity(0))
+    return Settings(
+        **general,
+        state_dir=cwd / state_dir,
+        secret_key=secret.encode() if secret is not None else b"",
+        secret_key_is_default=secret is None,
+        limits=Limits(**limits),
+        instances=tuple(instances),
+        tokens=tuple(tokens),
+    )
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """`/var/lib/redisgate` for root, else the user's state directory (XDG)."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/redisgate")
+    base = environ.get("XDG_STATE_HOME")
+    return Path(base or Path(environ.get("HOME", "/tmp")) / ".local" / "state") / "redisgate"
+
+
+def ensure_secret_key(settings: Settings) -> Settings:
+    """Settings with a secret key: the given one, or one generated once and kept in the state directory.
+
+    Raises:
+        ConfigError: it can be neither read nor written.
+    """
+    if settings.secret_key:
+        return settings
+    path = settings.state_dir / "secret.key"
+    try:
+        settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            key = path.read_text().strip()
+        else:
+            key = secrets.token_hex(32)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(key + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep a secret key in {path}: {error.strerror}; set REDISGATE_SECRET_KEY or a writable"
+            " REDISGATE_STATE_DIR"
+        ) from error
+    if len(key) < 16:
+        raise ConfigError(f"{path} does not hold a secret key; remove it to have a new one made")
+    return dataclasses.replace(settings, secret_key=key.encode())
+
+
+def _by_name(name: str) -> Setting:
+    return next(setting for setting in SETTINGS if setting.name == name)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def _parse(parse: Callable[[Any], Any], value: Any, source: str) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_keys(table: Any, known: set[str], where: str, prefix: str) -> None:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: {prefix.rstrip('.')} is not a table")
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown setting {prefix}{key}; known are {', '.join(sorted(known))}")
+
+
+def _table(table: Any, keys: Mapping[str, tuple[Callable[[Any], Any], str]], where: str) -> dict[str, Any]:
+    _check_keys(table, set(keys), where, "")
+    return {key: _parse(keys[key][0], value, f"{where}: {key}") for key, value in table.items()}
+
+
+def _secret(values: dict[str, Any], key: str, where: str, environ: Mapping[str, str], cwd: Path | None) -> str | None:
+    value = values.pop(key, None)
+    variable = values.pop(f"{key}_env", None)
+    path = values.pop(f"{key}_file", None)
+    if variable is not None:
+        value = environ.get(variable)
+        if value is None:
+            raise ConfigError(f"{where}: {key}_env names the variable {variable}, which is not set")
+    if path is not None and cwd is not None:
+        try:
+            value = (cwd / path).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot read {path}: {error.strerror}") from error
+    return value
+
+
+def _instance(table: Any, index: int, file: str, environ: Mapping[str, str]) -> InstanceConfig:
+    where = f"{file}: instances[{index}]"
+    values = _table(table, INSTANCE_KEYS, where)
+    if not values.get("id"):
+        raise ConfigError(f"{where} has no id")
+    url = _secret(values, "url", where, environ, None)
+    if not url:
+        raise ConfigError(f"{where} has no url")
+    address = _address(url, where)
+    tls = {
+        key: values.pop(f"tls_{key}")
+        for key in ("ca_file", "cert_file", "key_file", "server_name", "verify")
+        if f"tls_{key}" in values
+    }
+    if tls and not address.tls:
+        raise ConfigError(f"{where}: tls_ settings need a rediss:// URL")
+    return InstanceConfig(address=dataclasses.replace(address, **tls), **{"slug": values["id"], **values})
+
+
+def _address(url: str, where: str) -> Address:
+    try:
+        return parse_url(url)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _token(
+    table: Any, index: int, file: str, environ: Mapping[str, str], instances: list[InstanceConfig], cwd: Path
+) -> TokenConfig:
+    where = f"{file}: tokens[{index}]"
+    values = _table(table, TOKEN_KEYS, where)
+    name = values.pop("name", None)
+    if not name:
+        raise ConfigError(f"{where} has no name")
+    where = f"{where} ({name})"
+    token = _secret(values, "token", where, environ, cwd)
+    if not token:
+        raise ConfigError(f"{where} has no token")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(f"{where}: a token is printable ASCII without spaces")
+    password = _secret(values, "password", where, environ, None)
+    if len(instances) == 1:
+        values.setdefault("instance", instances[0].id)
+    if values.get("instance") not in [instance.id for instance in instances]:
+        raise ConfigError(f"{where}: there is no instance {values.get('instance')!r}")
+    user = values.pop("user", None)
+    if password is not None and user is None:
+        raise ConfigError(f"{where} has a password but no user")
+    scope = Scope(
+        readonly=values.pop("readonly", False),
+        allow=frozenset(item.lower() for item in values.pop("allow", ())),
+        deny=frozenset(item.lower() for item in values.pop("deny", ())),
+        prefixes=tuple(prefix.encode() for prefix in values.pop("prefixes", ())),
+        own_user=user is not None,
+    )
+    problems = validate_names(scope, bundled_table())
+    if problems:
+        raise ConfigError(f"{where}: {problems[0]}")
+    expires = values.pop("expires", None)
+    if isinstance(expires, datetime.datetime):
+        if expires.tzinfo is None:
+            raise ConfigError(f"{where}: expires needs a time zone, as in 2030-01-01T00:00:00Z")
+        expires = expires.timestamp()
+    elif expires is not None and (isinstance(expires, bool) or not isinstance(expires, int | float)):
+        raise ConfigError(f"{where}: expires is a date and time such as 2030-01-01T00:00:00Z, or unix seconds")
+    return TokenConfig(token=token, name=name, scope=scope, expires=expires, user=user, password=password, **values)
+
+
+def _from_environment(environ: Mapping[str, str], instances: list[InstanceConfig], tokens: list[TokenConfig]) -> None:
+    url = environ.get("REDISGATE_REDIS_URL")
+    given = [
+        (name, environ.get(variable), readonly)
+        for name, variable, readonly in (
+            ("default", "REDISGATE_TOKEN", False),
+            ("readonly", "REDISGATE_READONLY_TOKEN", True),
+        )
+    ]
+    if url is None:
+        if any(token for _, token, _ in given):
+            raise ConfigError("REDISGATE_TOKEN is set, but not REDISGATE_REDIS_URL")
+        return
+    instances.insert(0, InstanceConfig(id="default", slug="default", address=_address(url, "REDISGATE_REDIS_URL")))
+    if not any(token for _, token, _ in given):
+        raise ConfigError(
+            "REDISGATE_REDIS_URL is set, but not REDISGATE_TOKEN; `openssl rand -hex 32` makes a good one"
+        )
+    for name, token, readonly in given:
+        if token:
+            tokens.append(TokenConfig(token=token, instance="default", name=name, scope=Scope(readonly=readonly)))
+
+
+def _check_unique(instances: Sequence[InstanceConfig], tokens: Sequence[TokenConfig]) -> None:
+    names: set[str] = set()
+    for instance in instances:
+        for name in {instance.id, instance.slug}:
+            if name in names:
+                raise ConfigError(f"two instances are called {name!r}")
+            names.add(name)
+    seen: dict[str, str] = {}
+    token_names: set[str] = set()
+    for token in tokens:
+        if token.token in seen:
+            raise ConfigError(f"the tokens {seen[token.token]!r} and {token.name!r} are the same")
+        if token.name in token_names:
+            raise ConfigError(f"two tokens are called {token.name!r}")
+        seen[token.token] = token.name
+        token_names.add(token.name)
+
+
+def reference_page() -> str:
+    """docs/configuration.md."""
+    lines = [
+        "# Configuration",
+        "",
+        "<!-- Made by `python -m redisgate.config`; change redisgate/config.py instead. -->",
+        "",
+        "Every setting has a flag of `redisgate serve`, a variable, and a line in the file that `--config` names (TOML);",
+        "the first of these that is given counts. Sizes are bytes or `10MiB`; times are seconds, `500ms` or `2m`.",
+        "",
+        "| setting | flag | variable | default | meaning |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for setting in SETTINGS:
+        default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+        shown = "–" if default in (None, "") else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+        name = f"limits.{setting.name}" if setting.limit else setting.name
+        lines.append(f"| `{name}` | `{setting.flag}` | `{setting.variable}` | {shown} | {setting.help} |")
+    lines += [
+        "",
+        "One instance needs no file: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted, `REDISGATE_READONLY_TOKEN`.",
+        "",
+        "## `[[instances]]`",
+        "",
+        "| key | meaning |",
+        "| --- | --- |",
+        *[f"| `{key}` | {meaning} |" for key, (_, meaning) in INSTANCE_KEYS.items()],
+        "",
+        "## `[[tokens]]`",
+        "",
+        "| key | meaning |",
+        "| --- | --- |",
+        *[f"| `{key}` | {meaning} |" for key, (_, meaning) in TOKEN_KEYS.items()],
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

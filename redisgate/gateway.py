@@ -1,0 +1,647 @@
+"""From a request to a command: who asks, of which instance, what, and whether they may.
+
+Nothing here waits. What has to be known first (an unknown command's flags,
+what a server makes of a script's flags) is looked up by a task, while the
+connection takes no further request, so that order is kept.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import redisgate
+from redisgate.access import AccessTable, Backend, Grant
+from redisgate.config import Settings
+from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
+from redisgate.http_head import Head
+from redisgate.http_protocol import ALLOW, HttpConnection
+from redisgate.policy import Rule
+from redisgate.replies import BASE64, JSON, RESP2, quote
+from redisgate.requests import BadRequest, parse_command, parse_commands, split_path, split_query
+from redisgate.resttoken import RestTokens
+from redisgate.streams import MonitorStream, SubscriptionStream
+from resp.connection import connect
+from resp.encoder import encode_command
+from resp.errors import ReplyLost, RespError, Unavailable
+
+MAX_PIPELINE_COMMANDS = 1_000_000
+"""Commands in one /pipeline or /multi-exec; the body limit is usually reached first."""
+MAX_UNKNOWN_NAMES = 1024
+"""Names that a server did not know, remembered per instance."""
+UNKNOWN_NAME_SECONDS = 10.0
+"""How long such a name is remembered; a module may be loaded meanwhile."""
+MAX_LOGIN_FAILURES = 5
+"""Failed ACL RESTTOKEN commands per instance within `LOGIN_FAILURE_SECONDS`."""
+LOGIN_FAILURE_SECONDS = 30.0
+
+_UNAUTHORIZED = b"WRONGPASS invalid or missing auth token"
+_BODY_METHODS = (b"POST", b"PUT")
+_CORS_MAX_AGE = b"86400"
+
+log = logging.getLogger(__name__)
+
+Argv = list[bytes]
+
+
+class Gateway:
+    """The data plane of one worker."""
+
+    def __init__(self, settings: Settings, access: AccessTable, tokens: RestTokens) -> None:
+        self._settings = settings
+        self._access = access
+        self._tokens = tokens
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unknown: dict[tuple[str, bytes], float] = {}  # until when (monotonic) a name is known to be unknown
+        self._login_failures: dict[str, list[float]] = {}
+        base = settings.base_domain.lower().strip(".").encode() if settings.base_domain else b""
+        self._host_suffix = b"." + base if base else b""
+        self._any_origin = "*" in settings.cors_origins
+        self._origins = frozenset(origin.encode() for origin in settings.cors_origins)
+        self.draining = False
+        # First segments of paths that are no commands, on the main host and in an instance's own space.
+        self._endpoints: dict[bytes, Callable[..., None]] = {
+            b"pipeline": self._pipeline,
+            b"multi-exec": self._transaction,
+            b"subscribe": self._subscribe,
+            b"psubscribe": self._psubscribe,
+            b"monitor": self._monitor,
+        }
+        self._reserved: dict[bytes, Callable[[HttpConnection, bytes, bytes, Head], None]] = {
+            b"health": self._health,
+            b"version": self._version,
+        }
+        for (
+            name
+        ) in b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split():
+            self._reserved[name] = self._not_built
+        self._special = frozenset(self._endpoints) | frozenset(self._reserved) | {b"redis", b""}
+
+    # Once per header block
+
+    def prepare(self, head: Head) -> None:
+        """Derive from a header block what every request with it needs."""
+        head.rendering = JSON
+        if head.response_format is not None and head.response_format.lower() == b"resp2":
+            head.rendering = RESP2
+        if head.encoding is not None and head.encoding.lower() == b"base64" and head.rendering is JSON:
+            head.rendering = BASE64
+        if head.origin is not None and (self._any_origin or head.origin in self._origins):
+            head.extra = (
+                b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: *, Upstash-Sync-Token, Retry-After\r\n"
+                b"Vary: Origin\r\n" % (b"*" if self._any_origin else head.origin)
+            )
+        elif self._origins:
+            head.extra = b"Vary: Origin\r\n"
+        if head.version == b"HTTP/1.0" and head.keep_alive:
+            head.extra += b"Connection: keep-alive\r\n"
+        self._authorize(head)
+
+    def _authorize(self, head: Head) -> None:
+        head.revision = self._access.revision
+        head.grant = None
+        if head.authorization is not None:
+            scheme, _, credential = head.authorization.strip().partition(b" ")
+            if scheme.lower() == b"bearer":
+                head.grant = self._access.lookup(credential.strip())
+
+    def _label(self, head: Head) -> str | None:
+        """The instance that the host names; None on the main host."""
+        host = head.host.lower().partition(b":")[0].rstrip(b".")
+        if self._host_suffix and host.endswith(self._host_suffix):
+            return host[: -len(self._host_suffix)].decode("latin-1")
+        return None
+
+    @staticmethod
+    def _format_problem(head: Head) -> bytes | None:
+        if head.response_format is not None and head.response_format.lower() not in (b"json", b"resp2"):
+            return b"ERR unsupported Upstash-Response-Format, expected json or resp2"
+        if head.encoding is not None:
+            if head.encoding.lower() != b"base64":
+                return b"ERR unsupported Upstash-Encoding, expected base64"
+            if head.rendering is RESP2:
+                return b"ERR Upstash-Encoding: base64 cannot be combined with Upstash-Response-Format: resp2"
+        return None
+
+    # Once per request
+
+    def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes) -> None:
+        """Dispatch one whole request; it is answered through the exchange that is made for it."""
+        if b"?" in target:
+            path, _, query = target.partition(b"?")
+            appended, query_token = split_query(query)
+        else:
+            path = target
+            appended = query_token = None
+        segments = split_path(path)
+        own_space = False  # every path is a command
+        reference = None
+        if self._host_suffix:
+            reference = self._label(head)
+            own_space = reference is not None
+        if method == b"OPTIONS":
+            self._preflight(connection, head)
+            return
+        if method not in (b"GET", b"POST", b"PUT", b"HEAD"):
+            Exchange(connection, head, method).error(405, b"ERR method not allowed", ALLOW)
+            return
+        if not own_space and segments[0] in self._special:
+            if segments[0] == b"redis":
+                own_space = True
+                reference = segments[1].decode("utf-8", "replace") if len(segments) > 1 else ""
+                segments = segments[2:] or [b""]
+            else:
+                reserved = self._reserved.get(segments[0])
+                if reserved is not None:
+                    reserved(connection, method, path, head)
+                    return
+                if segments == [b""] and method not in _BODY_METHODS:
+                    self._welcome(connection, method, head)
+                    return
+        # Who
+        if head.revision != self._access.revision:
+            self._authorize(head)
+        grant: Grant | None = head.grant
+        if query_token is not None and head.authorization is None:
+            grant = self._access.lookup(query_token)
+        if (
+            grant is None
+            or (grant.expires is not None and time.time() >= grant.expires)
+            or (reference is not None and not grant.names(reference))
+        ):
+            Exchange(connection, head, method).error(401, _UNAUTHORIZED)
+            return
+        if head.encoding is not None or head.response_format is not None:
+            problem = self._format_problem(head)
+            if problem is not None and segments[0] not in (b"subscribe", b"psubscribe", b"monitor"):
+                exchange = Exchange(connection, head, method)
+                exchange.rendering = JSON
+                exchange.error(400, problem)
+                return
+        # What
+        endpoint = self._endpoints.get(segments[0])
+        if endpoint is not None:
+            endpoint(connection, method, head, grant, segments, body)
+            return
+        try:
+            if segments == [b""]:
+                if method not in _BODY_METHODS:
+                    raise BadRequest("ERR empty command")
+                if appended:
+                    raise BadRequest("ERR query parameters belong to the path form of a command")
+                argv = parse_command(body)
+                if not argv:
+                    raise BadRequest("ERR empty command")
+            else:
+                argv = segments
+                if body:
+                    argv.append(body)
+                if appended:
+                    argv += appended
+        except BadRequest as error:
+            Exchange(connection, head, method).error(400, str(error).encode())
+            return
+        self._command(connection, method, head, grant, argv)
+
+    def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
+        exchange = Exchange(connection, head, method)
+        if grant.limiter is not None and self._over_limit(exchange, grant, 1):
+            return
+        rule = grant.policy.rule(argv[0])
+        if rule is not None and rule.plain:
+            self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
+        elif rule is not None and rule.refusal is not None:
+            exchange.error(400, rule.refusal)
+        elif rule is not None and not rule.script and not rule.resttoken:
+            verdict = rule.check(argv)
+            if verdict.refusal is not None:
+                exchange.error(400, verdict.refusal)
+            elif verdict.local is not None:
+                exchange.reply(verdict.local, 0)
+            else:
+                self._submit(connection, exchange, encode_command(argv), grant.backend, verdict.slow)
+        elif rule is not None and rule.resttoken and len(argv) > 1 and argv[1].upper() == b"RESTTOKEN":
+            verdict = rule.check(argv)
+            if verdict.refusal is not None:
+                exchange.error(400, verdict.refusal)
+            else:
+                self._later(connection, exchange, self._rest_token(exchange, grant, argv), lambda: None)
+        else:
+            self._prepared(
+                connection,
+                exchange,
+                grant,
+                [argv],
+                lambda checked: self._send_single(connection, exchange, grant, checked),
+            )
+
+    def _send_single(self, connection: HttpConnection, exchange: Exchange, grant: Grant, checked: "Checked") -> None:
+        outcome = checked.outcomes[0]
+        if isinstance(outcome, bytes):
+            exchange.reply(outcome, 0)
+        else:
+            self._submit(connection, exchange, encode_command(outcome), grant.backend, checked.slow)
+
+    def _submit(
+        self, connection: HttpConnection, exchange: Exchange, payload: bytes, backend: Backend, slow: bool
+    ) -> None:
+        pool = backend.pool
+        if len(connection.exchanges) > 1 and (slow or connection.route is None or pool.shared is not connection.route):
+            # Requests that a client pipelines run in their order, so they go one way or one at a time.
+            connection.hold(lambda: self._submit_now(connection, exchange, payload, backend, slow))
+            return
+        self._submit_now(connection, exchange, payload, backend, slow)
+
+    def _submit_now(
+        self, connection: HttpConnection, exchange: Exchange, payload: bytes, backend: Backend, slow: bool
+    ) -> None:
+        try:
+            backend.pool.submit(payload, exchange, slow)
+        except Unavailable as error:
+            exchange.failed(error)
+        connection.route = None if slow else backend.pool.shared
+
+    def _over_limit(self, exchange: Exchange, grant: Grant, count: int) -> bool:
+        assert grant.limiter is not None
+        refusal = grant.limiter.admit(count)
+        if refusal is None:
+            return False
+        exchange.error(429, refusal.line, b"Retry-After: %d\r\n" % refusal.retry_after)
+        return True
+
+    # Several commands
+
+    def _pipeline(
+        self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
+    ) -> None:
+        if len(segments) > 1:
+            self._command(connection, method, head, grant, [*segments, body] if body else segments)
+            return
+        exchange = PipelineExchange(connection, head, method)
+        commands = self._commands(exchange, method, grant, body)
+        if commands is None:
+            return
+        if not commands:
+            exchange.respond(200, exchange.rendering.pipeline(b"", 0, 0, {})[1], exchange.rendering.content_type)
+            return
+        self._prepared(
+            connection,
+            exchange,
+            grant,
+            commands,
+            lambda checked: self._send_pipeline(connection, exchange, grant, checked),
+        )
+
+    def _send_pipeline(
+        self, connection: HttpConnection, exchange: PipelineExchange, grant: Grant, checked: "Checked"
+    ) -> None:
+        outcomes = checked.outcomes
+        commands = [outcome for outcome in outcomes if not isinstance(outcome, bytes)]
+        if len(commands) != len(outcomes):
+            exchange.inserts = {index: outcome for index, outcome in enumerate(outcomes) if isinstance(outcome, bytes)}
+        exchange.count = len(commands)
+        if not commands:
+            exchange.reply(b"", 0)
+            return
+        payload = b"".join([encode_command(argv) for argv in commands])
+        self._submit(connection, exchange, payload, grant.backend, checked.slow)
+
+    def _transaction(
+        self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
+    ) -> None:
+        if len(segments) > 1:
+            self._command(connection, method, head, grant, [*segments, body] if body else segments)
+            return
+        exchange = TransactionExchange(connection, head, method)
+        commands = self._commands(exchange, method, grant, body)
+        if commands is None:
+            return
+        if not commands:
+            exchange.respond(200, b"[]", exchange.rendering.content_type)
+            return
+        self._prepared(
+            connection,
+            exchange,
+            grant,
+            commands,
+            lambda checked: self._send_transaction(connection, exchange, grant, checked),
+        )
+
+    def _send_transaction(
+        self, connection: HttpConnection, exchange: TransactionExchange, grant: Grant, checked: "Checked"
+    ) -> None:
+        pool = grant.backend.pool
+        if pool.transactions is None:
+            self._later(
+                connection,
+                exchange,
+                self._learn_transactions(grant.backend),
+                lambda: self._send_transaction(connection, exchange, grant, checked),
+            )
+            return
+        if not pool.transactions:
+            exchange.error(400, b"NOPERM this user has no permissions to run the 'multi' command")
+            return
+        commands: list[Argv] = [[b"MULTI"]]
+        for outcome in checked.outcomes:
+            if not isinstance(outcome, bytes):
+                commands.append(outcome)
+            elif outcome[:1] == b"-":
+                # One forbidden command discards the transaction; nothing of it is sent.
+                exchange.error(400, outcome[1:-2])
+                return
+            else:
+                # Answered without Redis; ECHO keeps its place among the replies of EXEC.
+                commands.append([b"ECHO", outcome[1:-2] if outcome[:1] == b"+" else outcome.split(b"\r\n")[1]])
+        commands.append([b"EXEC"])
+        exchange.count = len(commands)
+        payload = b"".join([encode_command(argv) for argv in commands])
+        self._submit(connection, exchange, payload, grant.backend, checked.slow)
+
+    @staticmethod
+    async def _learn_transactions(backend: Backend) -> None:
+        await backend.pool.transactions_permitted()
+        if backend.pool.transactions is None:
+            raise Unavailable("the connection to the instance was lost before the transaction was sent")
+
+    def _commands(self, exchange: Exchange, method: bytes, grant: Grant, body: bytes) -> list[Argv] | None:
+        """The commands of a body, counted against the limits; None if the request was answered with an error."""
+        if method not in _BODY_METHODS:
+            exchange.error(405, b"ERR method not allowed, use POST", b"Allow: POST, PUT\r\n")
+            return None
+        try:
+            commands = parse_commands(body)
+            if len(commands) > MAX_PIPELINE_COMMANDS:
+                raise BadRequest(f"ERR more than {MAX_PIPELINE_COMMANDS} commands in one request")
+        except BadRequest as error:
+            exchange.error(400, str(error).encode())
+            return None
+        if grant.limiter is not None and commands and self._over_limit(exchange, grant, len(commands)):
+            return None
+        return commands
+
+    # What may have to be found out first
+
+    def _prepared(
+        self,
+        connection: HttpConnection,
+        exchange: Exchange,
+        grant: Grant,
+        commands: list[Argv],
+        send: Callable[["Checked"], None],
+    ) -> None:
+        """Check the commands and call `send`, at once unless the server has to be asked something first."""
+        checked = Checked(grant)
+        if checked.check(commands, self._is_unknown):
+            send(checked)
+        else:
+            self._later(connection, exchange, self._find_out(grant, commands, checked), lambda: send(checked))
+
+    async def _find_out(self, grant: Grant, commands: list[Argv], checked: "Checked") -> None:
+        instance, pool = grant.instance, grant.backend.pool
+        for index, argv in enumerate(commands):
+            rule = grant.policy.rule(argv[0])
+            if rule is None:
+                await self._learn(grant, argv[0])
+            elif rule.script and rule.refusal is None and rule.check(argv).refusal is None:
+                if instance.scripts.unsettled(argv):
+                    frame = await instance.scripts.prepare(argv, pool.call)
+                    if frame is not None:
+                        checked.prepared[index] = frame
+        checked.check(commands, lambda instance_id, name: True)
+
+    async def _learn(self, grant: Grant, name: bytes) -> None:
+        instance = grant.instance
+        key = (instance.id, name)
+        if self._is_unknown(*key):
+            return
+        reply = await grant.backend.pool.call(b"COMMAND", b"INFO", name)
+        entry = reply[0] if isinstance(reply, list) and reply else None
+        if entry is None or instance.table.learn(entry) is None or grant.policy.rule(name) is None:
+            while len(self._unknown) >= MAX_UNKNOWN_NAMES:
+                del self._unknown[next(iter(self._unknown))]
+            self._unknown[key] = time.monotonic() + UNKNOWN_NAME_SECONDS
+
+    def _is_unknown(self, instance_id: str, name: bytes) -> bool:
+        until = self._unknown.get((instance_id, name))
+        return until is not None and until > time.monotonic()
+
+    def _later(
+        self,
+        connection: HttpConnection,
+        exchange: Exchange,
+        work: Coroutine[Any, Any, None],
+        then: Callable[[], None],
+    ) -> None:
+        """Do `work`, then call `then` when the requests before this one are answered; take no further ones until then."""
+        connection.hold(lambda: None, -1)
+
+        async def run() -> None:
+            try:
+                await work
+            except RespError as error:
+                # Whatever was asked on the way, the client's own command was not sent.
+                exchange.failed(Unavailable(str(error)))
+            except Exception as error:
+                exchange.bug(error)
+            if exchange.gone:
+                connection.release()
+            elif len(connection.exchanges) <= 1:
+                connection.release()
+                self._guarded(exchange, then)
+            else:
+                connection.hold(lambda: self._guarded(exchange, then))
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @staticmethod
+    def _guarded(exchange: Exchange, then: Callable[[], None]) -> None:
+        try:
+            then()
+        except Exception as error:
+            exchange.bug(error)
+
+    # ACL RESTTOKEN
+
+    async def _rest_token(self, exchange: Exchange, grant: Grant, argv: Argv) -> None:
+        instance = grant.instance
+        now = time.monotonic()
+        failures = [at for at in self._login_failures.get(instance.id, ()) if now - at < LOGIN_FAILURE_SECONDS]
+        self._login_failures[instance.id] = failures
+        if len(failures) >= MAX_LOGIN_FAILURES:
+            wait = max(1, int(LOGIN_FAILURE_SECONDS - (now - failures[0])) + 1)
+            exchange.error(429, b"ERR too many failed logins, try again in %d s" % wait, b"Retry-After: %d\r\n" % wait)
+            return
+        try:
+            user, password = argv[2].decode(), argv[3].decode()
+        except UnicodeDecodeError:
+            exchange.error(400, b"ERR the user and the password must be UTF-8")
+            return
+        failures.append(now)  # while it is tried, it counts as failed: attempts at once are throttled too
+        try:
+            private = await connect(
+                instance.config.address.with_login(user, password), timeout=instance.config.connect_timeout
+            )
+        except Unavailable as error:
+            if "WRONGPASS" in str(error) or "AUTH was refused" in str(error):
+                line = b'ERR Wrong password or user "%b" does not exist' % argv[2].replace(b"\r", b"").replace(
+                    b"\n", b""
+                )
+                exchange.error(400, line)
+                return
+            failures.remove(now)
+            raise
+        private.close(ReplyLost("done"))
+        failures.remove(now)
+        token = self._tokens.make(instance.id, user, password)
+        exchange.reply(b"$%d\r\n%b\r\n" % (len(token), token), 0)
+
+    # Streams
+
+    def _subscribe(
+        self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
+    ) -> None:
+        self._stream(connection, method, head, grant, segments, pattern=False)
+
+    def _psubscribe(
+        self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
+    ) -> None:
+        self._stream(connection, method, head, grant, segments, pattern=True)
+
+    def _stream(
+        self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, *, pattern: bool
+    ) -> None:
+        exchange = SubscriptionStream(connection, head, method, self._settings.limits.max_client_buffer_bytes)
+        if len(segments) < 2:
+            exchange.error(400, b"ERR wrong number of arguments for '%b' command" % segments[0])
+            return
+        refusal = grant.policy.stream_refusal(segments[0])
+        if refusal is not None:
+            exchange.error(400, refusal)
+        elif grant.limiter is None or not self._over_limit(exchange, grant, 1):
+            exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
+
+    def _monitor(
+        self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
+    ) -> None:
+        exchange = MonitorStream(connection, head, method, self._settings.limits.max_client_buffer_bytes)
+        if len(segments) > 1:
+            exchange.error(400, b"ERR wrong number of arguments for 'monitor' command")
+            return
+        refusal = grant.policy.stream_refusal(b"monitor")
+        if refusal is not None:
+            exchange.error(400, refusal)
+        elif grant.limiter is None or not self._over_limit(exchange, grant, 1):
+            exchange.begin(grant.backend.monitor)
+
+    # What is no command
+
+    def _preflight(self, connection: HttpConnection, head: Head) -> None:
+        exchange = Exchange(connection, head, b"OPTIONS")
+        if not head.preflight or head.origin is None or b"Access-Control-Allow-Origin" not in head.extra:
+            exchange.error(405, b"ERR method not allowed", ALLOW)
+            return
+        exchange.respond(
+            204,
+            b"",
+            b"text/plain",
+            b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT\r\n"
+            b"Access-Control-Allow-Headers: Authorization, Content-Type, Upstash-Encoding, Upstash-Response-Format,"
+            b" Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform, Upstash-Telemetry-Runtime\r\n"
+            b"Access-Control-Max-Age: %b\r\n" % _CORS_MAX_AGE,
+        )
+
+    def _welcome(self, connection: HttpConnection, method: bytes, head: Head) -> None:
+        Exchange(connection, head, method).respond(
+            200,
+            b'{"name":"RedisGate","version":%b,"message":"Redis over HTTP. Send commands to this address with an'
+            b' Authorization: Bearer header, for example GET /ping."}\n' % quote(redisgate.__version__.encode()),
+            b"application/json",
+        )
+
+    def _health(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
+        exchange = Exchange(connection, head, method)
+        if path not in (b"/health", b"/health/", b"/health/live", b"/health/ready"):
+            exchange.error(404, b"ERR no such page")
+        elif self.draining and path == b"/health/ready":
+            exchange.respond(503, b'{"status":"draining"}', b"application/json", RETRY_AFTER)
+        else:
+            exchange.respond(200, b'{"status":"ok"}', b"application/json")
+
+    def _version(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
+        body = b'{"name":"RedisGate","version":%b}' % quote(redisgate.__version__.encode())
+        Exchange(connection, head, method).respond(200, body, b"application/json")
+
+    def _not_built(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
+        Exchange(connection, head, method).error(
+            404, b"ERR this path is reserved for the control plane, which this gateway does not have"
+        )
+
+
+class Checked:
+    """A list of commands after the policy: each a command to send, or the frame it is answered with."""
+
+    __slots__ = ("_grant", "outcomes", "prepared", "slow")
+
+    def __init__(self, grant: Grant) -> None:
+        self._grant = grant
+        self.outcomes: list[Argv | bytes] = []
+        self.prepared: dict[int, bytes] = {}  # frames found out by asking the server
+        self.slow = False
+
+    def check(self, commands: list[Argv], is_unknown: Callable[[str, bytes], bool]) -> bool:
+        """Decide each command. False: the server has to be asked something first; call again afterwards."""
+        grant = self._grant
+        rule_of = grant.policy.rule
+        outcomes: list[Argv | bytes] = []
+        slow = False
+        for index, argv in enumerate(commands):
+            rule = rule_of(argv[0])
+            if rule is None:
+                if not is_unknown(grant.instance.id, argv[0]):
+                    return False
+                outcomes.append(unknown_command(argv))
+            elif rule.plain:
+                slow = slow or rule.slow
+                outcomes.append(argv)
+            else:
+                outcome = self._one(rule, argv, index)
+                if outcome is None:
+                    return False
+                outcomes.append(outcome)
+        self.outcomes = outcomes
+        self.slow = self.slow or slow
+        return True
+
+    def _one(self, rule: Rule, argv: Argv, index: int) -> Argv | bytes | None:
+        if rule.refusal is not None:
+            return b"-%b\r\n" % rule.refusal
+        verdict = rule.check(argv)
+        if verdict.refusal is not None:
+            return b"-%b\r\n" % verdict.refusal
+        if verdict.local is not None:
+            return verdict.local
+        if index in self.prepared:
+            return self.prepared[index]
+        self.slow = self.slow or verdict.slow
+        if rule.resttoken and len(argv) > 1 and argv[1].upper() == b"RESTTOKEN":
+            return b"-ERR ACL RESTTOKEN is available as a single command only\r\n"
+        if rule.script:
+            scripts = self._grant.instance.scripts
+            if scripts.unsettled(argv):
+                return None
+            return scripts.rewrite(argv)
+        return argv
+
+
+def unknown_command(argv: Argv) -> bytes:
+    """The frame that Redis 7 answers an unknown command with."""
+    line = b"ERR unknown command '%b', with args beginning with: " % argv[0][:128]
+    for argument in argv[1:]:
+        if len(line) >= 384:
+            break
+        line += b"'%b' " % argument[:128]
+    return b"-%b\r\n" % line.replace(b"\r", b" ").replace(b"\n", b" ")

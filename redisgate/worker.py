@@ -1,0 +1,95 @@
+"""One worker: composes the parts, serves until it is told to stop, drains."""
+
+import asyncio
+import gc
+import logging
+import os
+import secrets
+import signal
+import socket
+
+import uvloop
+
+from redisgate.access import AccessTable, Grant, Instance, token_digest
+from redisgate.config import Settings
+from redisgate.gateway import Gateway
+from redisgate.http_protocol import HttpServer, ResponseHeads
+from redisgate.limits import TokenLimiter
+from redisgate.resttoken import RestTokens
+from redisgate.scripts import ScriptCache
+from redisgate.shared import SharedState
+from redisgate.streams import Heartbeat
+
+BACKLOG = 4096
+"""Connections that wait to be accepted."""
+RENEW_USERS_SECONDS = 60.0
+"""How often Redis users of their own log in again, so that a changed password ends their tokens."""
+
+log = logging.getLogger(__name__)
+
+
+def build_access(settings: Settings, tokens: RestTokens, shared: SharedState, index: int) -> AccessTable:
+    """The access table that the configuration describes."""
+    access = AccessTable(tokens.grant)
+    scripts = ScriptCache(shared)
+    for config in settings.instances:
+        access.add_instance(Instance(config, scripts))
+    for token in settings.tokens:
+        limiter = None
+        if token.rate is not None or token.daily is not None:
+            limiter = TokenLimiter(shared.counter(token_digest(token.token), index), token.rate, token.daily)
+        user = (token.user, token.password or "") if token.user is not None else None
+        grant = Grant(
+            access.instances[token.instance],
+            token.scope,
+            name=token.name,
+            expires=token.expires,
+            limiter=limiter,
+            user=user,
+        )
+        access.put(token.token.encode(), grant)
+    return access
+
+
+async def serve(settings: Settings, sock: socket.socket, index: int, shared: SharedState, ready_fd: int) -> None:
+    """Serve on a bound socket until SIGTERM; then answer what is under way, for `drain_timeout` seconds at most."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    tokens = RestTokens(settings.secret_key)
+    access = build_access(settings, tokens, shared, index)
+    gateway = Gateway(settings, access, tokens)
+    http = HttpServer(gateway, settings.limits, ResponseHeads(secrets.token_hex(6).encode()))
+    http.start()
+    heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
+    heartbeat.start()
+
+    def renew_users() -> None:
+        access.renew_users()
+        loop.call_later(RENEW_USERS_SECONDS, renew_users)
+
+    loop.call_later(RENEW_USERS_SECONDS, renew_users)
+    # What was imported and built lives as long as the process; looking through it again and again
+    # costs every request its share.
+    gc.collect()
+    gc.freeze()
+    server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
+    os.write(ready_fd, b"1")
+    os.close(ready_fd)
+    log.info("worker %d serves", index)
+    await stop.wait()
+    log.info("worker %d drains", index)
+    gateway.draining = True
+    server.close()
+    left = await http.drain(settings.limits.drain_timeout)
+    if left:
+        log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
+    heartbeat.stop()
+    access.close()
+
+
+def run(settings: Settings, sock: socket.socket, index: int, shared: SharedState, ready_fd: int) -> None:
+    """Run one worker in this process until SIGTERM; writes one byte to `ready_fd` when it accepts requests."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings, sock, index, shared, ready_fd))
