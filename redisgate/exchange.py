@@ -161,7 +161,9 @@ class Exchange(Waiter):
 
     def _send(self, body: bytes) -> None:
         connection = self._connection
-        assert connection is not None and connection.transport is not None and self._stream is not None
+        assert connection is not None
+        assert connection.transport is not None
+        assert self._stream is not None
         head = b""
         if not self._started:
             self._started = True

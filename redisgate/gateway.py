@@ -39,6 +39,7 @@ LOGIN_FAILURE_SECONDS = 30.0
 _UNAUTHORIZED = b"WRONGPASS invalid or missing auth token"
 _BODY_METHODS = (b"POST", b"PUT")
 _CORS_MAX_AGE = b"86400"
+_CONTROL_PLANE = b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split()
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,8 @@ class Gateway:
             head.rendering = BASE64
         if head.origin is not None and (self._any_origin or head.origin in self._origins):
             head.extra = (
-                b"Access-Control-Allow-Origin: %b\r\nAccess-Control-Expose-Headers: *, Upstash-Sync-Token, Retry-After\r\n"
+                b"Access-Control-Allow-Origin: %b\r\n"
+                b"Access-Control-Expose-Headers: Upstash-Sync-Token, Retry-After\r\n"
                 b"Vary: Origin\r\n" % (b"*" if self._any_origin else head.origin)
             )
         elif self._origins:
@@ -133,7 +135,7 @@ class Gateway:
             appended, query_token = split_query(query)
         else:
             path = target
-            appended = query_token = None
+            appended, query_token = [], None
         segments = split_path(path)
         own_space = False  # every path is a command
         reference = None
@@ -434,7 +436,7 @@ class Gateway:
         work: Coroutine[Any, Any, None],
         then: Callable[[], None],
     ) -> None:
-        """Do `work`, then call `then` when the requests before this one are answered; take no further ones until then."""
+        """Do `work`, then call `then` when the requests before this one are answered; meanwhile take no further ones."""
         connection.hold(lambda: None, -1)
 
         async def run() -> None:

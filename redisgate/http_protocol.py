@@ -9,6 +9,7 @@ next bytes could be anybody's.
 """
 
 import asyncio
+import contextlib
 import email.utils
 import re
 import socket
@@ -17,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from redisgate.config import Limits
 from redisgate.http_head import ChunkedBody, Head, HttpError, parse_head
@@ -90,6 +91,7 @@ class HttpServer:
         self.draining = False
         self.now = time.monotonic()  # of the last sweep; good enough for time-outs
         self._timer: asyncio.TimerHandle | None = None
+        self._drained: asyncio.Event | None = None
 
     def protocol(self) -> "HttpConnection":
         """For `loop.create_server`."""
@@ -99,6 +101,12 @@ class HttpServer:
         """Begin to look for overdue connections, once a second."""
         self._timer = asyncio.get_running_loop().call_later(1.0, self._sweep)
 
+    def closed(self, connection: "HttpConnection") -> None:
+        """`connection` is gone."""
+        self.connections.discard(connection)
+        if self._drained is not None and not self.connections:
+            self._drained.set()
+
     def _sweep(self) -> None:
         self.now = now = time.monotonic()
         self.heads.renew()
@@ -106,14 +114,15 @@ class HttpServer:
             connection.overdue()
         self.start()
 
-    async def drain(self, timeout: float) -> int:
-        """Close idle connections, let the others finish; returns how many were cut off after `timeout` seconds."""
+    async def drain(self, seconds: float) -> int:
+        """Close idle connections, let the others finish; returns how many were cut off after `seconds`."""
         self.draining = True
         for connection in list(self.connections):
             connection.drain()
-        deadline = time.monotonic() + timeout
-        while self.connections and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        with contextlib.suppress(TimeoutError):
+            if self.connections:
+                self._drained = asyncio.Event()
+                await asyncio.wait_for(self._drained.wait(), seconds)
         left = len(self.connections)
         for connection in list(self.connections):
             connection.abort()
@@ -171,7 +180,7 @@ class HttpConnection(asyncio.Protocol):
     # Events
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's are not its subclasses
         self.transport = transport
         server = self.server
         if server.draining or len(server.connections) >= server.limits.max_connections:
@@ -182,7 +191,7 @@ class HttpConnection(asyncio.Protocol):
         self.deadline = server.now + server.limits.idle_timeout
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.server.connections.discard(self)
+        self.server.closed(self)
         self.closing = True
         self.deadline = float("inf")
         self._tail = b""
@@ -350,7 +359,8 @@ class HttpConnection(asyncio.Protocol):
 
     def _read_body(self, data: bytes) -> bytes | None:
         """Take what belongs to the body; returns what follows it once it is whole."""
-        assert self._line is not None and self._head is not None
+        assert self._line is not None
+        assert self._head is not None
         if self._chunked is not None:
             rest = self._chunked.feed(data, self.server.limits.max_body_bytes)
             self.deadline += len(data) / MIN_BODY_BYTES_PER_SECOND

@@ -12,7 +12,7 @@ through the iterative renderer that streams use.
 import binascii
 import codecs
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -99,7 +99,7 @@ class JsonRendering:
     """`{"result": …}`, strings as UTF-8."""
 
     content_type = b"application/json"
-    _common = {
+    _common: ClassVar[dict[bytes, bytes]] = {
         b"+OK\r\n": b'{"result":"OK"}',
         b"$-1\r\n": b'{"result":null}',
         b"*-1\r\n": b'{"result":null}',
@@ -169,7 +169,7 @@ class JsonRendering:
 class Base64Rendering(JsonRendering):
     """As JSON, but every string is base64, except a top-level `OK` and errors."""
 
-    _common = {**JsonRendering._common, b"$2\r\nOK\r\n": b'{"result":"OK"}'}
+    _common: ClassVar[dict[bytes, bytes]] = {**JsonRendering._common, b"$2\r\nOK\r\n": b'{"result":"OK"}'}
     _quote = staticmethod(_quote_base64)
     _encode = staticmethod(_encode_base64)
     _parse = staticmethod(_parse_bytes)

@@ -112,7 +112,7 @@ class InstanceScripts:
         return word(argv[0]) == b"SCRIPT" and self._rewritten(script) != script
 
     async def prepare(self, argv: Sequence[bytes], call: Call) -> bytes | None:
-        """Ask the server what it knows. For a SCRIPT LOAD that needs rewriting: load it, and return the frame to answer.
+        """Ask the server what it knows. For a SCRIPT LOAD to be rewritten: load it, and return the frame to answer.
 
         Raises:
             RespError: the server did not answer.

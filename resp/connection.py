@@ -13,7 +13,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from resp.address import Address
 from resp.encoder import encode_commands
@@ -359,7 +359,7 @@ class Connection(asyncio.Protocol):
     # State
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's are not its subclasses
         self._transport = transport
         self.last_received = time.monotonic()
         transport.set_write_buffer_limits(high=1024 * 1024)

@@ -5,7 +5,8 @@ and cannot tell `+OK` from a bulk `OK`. So it never sees the stream: it gets
 whole replies whose end and depth the scanner has found.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import hiredis
 
@@ -22,6 +23,10 @@ class ErrorReply(str):
     """An error reply's line without the leading `-`, as text. A value, not an exception."""
 
     __slots__ = ()
+
+
+# hiredis is typed for exceptions only, but takes whatever this returns.
+as_value = cast(Callable[[str], Exception], ErrorReply)
 
 
 class Parser:
@@ -41,10 +46,10 @@ class Parser:
     def _reset(self) -> None:
         if self._text:
             self._reader = hiredis.Reader(
-                encoding="utf-8", errors="replace", replyError=ErrorReply, notEnoughData=_INCOMPLETE
+                encoding="utf-8", errors="replace", replyError=as_value, notEnoughData=_INCOMPLETE
             )
         else:
-            self._reader = hiredis.Reader(replyError=ErrorReply, notEnoughData=_INCOMPLETE)
+            self._reader = hiredis.Reader(replyError=as_value, notEnoughData=_INCOMPLETE)
 
     def parse(self, frames: bytes, count: int = 1) -> list[Any]:
         """The `count` replies that `frames` holds exactly; nested at most `MAX_PARSED_DEPTH` levels.

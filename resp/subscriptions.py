@@ -8,7 +8,7 @@ and forgotten, since resuming would hide the gap.
 
 import asyncio
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import hiredis
 
@@ -16,7 +16,7 @@ from resp.address import Address
 from resp.connection import login_commands, open_transport
 from resp.encoder import encode_command, encode_commands
 from resp.errors import ReplyLost, RespError, Unavailable
-from resp.parser import ErrorReply
+from resp.parser import ErrorReply, as_value
 
 PING_SECONDS = 15.0
 """How often a silent connection is asked whether it lives; twice without an answer, and it does not."""
@@ -57,12 +57,12 @@ class PushConnection(asyncio.Protocol):
         self.last_received = time.monotonic()
         self._on_reply = on_reply
         self._on_lost = on_lost
-        self._reader = hiredis.Reader(replyError=ErrorReply, notEnoughData=self)
+        self._reader = hiredis.Reader(replyError=as_value, notEnoughData=self)
         self._unparsed = 0
         self._closed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's are not its subclasses
         self.transport = transport
         if self._closed:
             transport.abort()
