@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 METHODS = {b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS"}
 ALLOW = b"Allow: GET, HEAD, POST, PUT\r\n"
+REQUEST_LINE_OVERHEAD = 64
+"""Bytes that method, version and spaces may add to a request target."""
 MAX_UNPARSED_BYTES = 64 * 1024
 """What is read ahead of the requests under way before reading pauses."""
 MIN_BODY_BYTES_PER_SECOND = 16 * 1024
@@ -299,6 +301,8 @@ class HttpConnection(asyncio.Protocol):
     def _request_line(self, line: bytes) -> tuple[bytes, bytes, bytes]:
         """Method, target, version. Raises HttpError."""
         limits = self.server.limits
+        if len(line) > limits.max_target_bytes + REQUEST_LINE_OVERHEAD:
+            raise HttpError(414, f"request target of more than {limits.max_target_bytes} bytes")
         parts = line.split(b" ")
         if len(parts) != 3:
             raise HttpError(400, "malformed request line")
@@ -330,7 +334,7 @@ class HttpConnection(asyncio.Protocol):
         limits = self.server.limits
         line_end = data.find(b"\r\n")
         if line_end < 0:
-            if len(data) > limits.max_target_bytes + 64:
+            if len(data) > limits.max_target_bytes + REQUEST_LINE_OVERHEAD:
                 raise HttpError(414, f"request target of more than {limits.max_target_bytes} bytes")
         elif len(data) - line_end > limits.max_header_bytes:
             raise HttpError(431, f"header block of more than {limits.max_header_bytes} bytes")
