@@ -1,247 +1,501 @@
-"""Memory that all workers of a gateway map: counters of limited tokens, script aliases.
+"""Memory that the supervisor shares with its workers: counters of limited tokens, script aliases.
 
-The counters are a file in the state directory, mapped by every process, so the
-file *is* the memory: whoever is killed, what was counted is in it (the
-supervisor also writes it to disk each second, for the day the power fails).
+The counters are a memory-mapped file in the state directory. The file *is* the
+memory, so what was counted outlives a kill -9 of any process; `flush` is for
+power loss alone.
 
-Every worker incarnation has a slot of its own in each token's record, so
-nobody ever writes where another writes, and no lock is needed: a reader sums
-the slots. Two generations of workers overlap while one drains, hence twice as
-many slots as workers.
+There are no locks on the counters. Each live worker has slots of its own, and
+every slot is one aligned 64-bit word that carries its time and its count
+together, so a reader meets the old value or the new one, never a mixture:
+
+    header   magic, version, slots, records, checksum of the first three
+    record   digest, check of the digest,
+             slots x (day << 40 | count on that day),
+             slots x (second << 32 | count in that second), even seconds,
+             slots x the same, odd seconds
+
+The seconds before and after a tick lie in different columns; so the window
+that slides over both needs no "previous" that somebody would have to move.
+
+A worker that drains and the one that takes its place run side by side. There
+are therefore two slots per worker, and `enter` says which of them is ours.
 """
 
-import errno
+import contextlib
 import fcntl
 import hashlib
 import logging
 import mmap
 import os
 import struct
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 ALIAS_CAPACITY = 4096
-"""Script aliases remembered for all instances; the oldest is forgotten first."""
+"""Script aliases kept at a time; the oldest give way. An alias that was lost costs its client one NOSCRIPT."""
+INCARNATIONS = 2
+"""Processes that may count for one worker at a time: the one that drains and the one that replaces it."""
+LOCK_PATIENCE = 2.0
+"""Seconds to wait for the workers of a gateway that was killed to go; they hold its lock until then."""
 
-_MAGIC = b"RGCOUNT2"
-_HEADER = struct.Struct("<8sII")  # magic, slots, records
+_MAGIC = b"RGCOUNT\x00"
+_VERSION = 1
+_HEADER = struct.Struct("@8sIIQI")
+_RECORDS = struct.Struct("@Q")
+_RECORDS_AT = 16
 _HEADER_BYTES = 64
 _DIGEST_BYTES = 32
-_SLOT_FIELDS = 5  # day, day count, second, count in it, count in the second before
-_SLOT_BYTES = _SLOT_FIELDS * 8
-_ALIAS = struct.Struct("<16s20s20s")
+_CHECK = struct.Struct("@Q")
 _DAY_SECONDS = 86_400
+_DAY_SHIFT = 40  # 24 bits of days, 40 bits of count: 12 million requests per second, all day, per worker
+_DAY_COUNT = (1 << _DAY_SHIFT) - 1
+_DAYS = (1 << 24) - 1
+_SECOND_SHIFT = 32
+_SECOND_COUNT = (1 << _SECOND_SHIFT) - 1
+_SECONDS = (1 << 32) - 1
+
+_INSTANCE_BYTES = 16
+_ALIAS = struct.Struct("@I16s20s20s")
+_ALIAS_BYTES = 64
+_ALIASES_AT = 64
 
 log = logging.getLogger(__name__)
 
 
 class SharedStateError(Exception):
-    """The state directory cannot be used; one line, with what to do."""
-
-
-class Counter:
-    """One token's counts, as one worker incarnation writes and reads them."""
-
-    __slots__ = ("_base", "_cells", "_own")
-
-    def __init__(self, cells: "memoryview[int]", base: int, slots: int, slot: int) -> None:
-        self._cells = cells
-        self._base = range(base, base + slots * _SLOT_FIELDS, _SLOT_FIELDS)
-        self._own = base + slot * _SLOT_FIELDS
-
-    def rate_usage(self, now: float) -> float:
-        """Requests in the sliding second before `now` (unix seconds), over all workers."""
-        second = int(now)
-        weight = 1.0 - (now - second)
-        cells = self._cells
-        total = 0.0
-        for slot in self._base:
-            at = cells[slot + 2]
-            if at == second:
-                total += cells[slot + 3] + weight * cells[slot + 4]
-            elif at == second - 1:
-                total += weight * cells[slot + 3]
-        return total
-
-    def day_usage(self, now: float) -> int:
-        """Requests since midnight UTC, over all workers."""
-        day = int(now) // _DAY_SECONDS
-        cells = self._cells
-        return sum(cells[slot + 1] for slot in self._base if cells[slot] == day)
-
-    def add(self, count: int, now: float) -> None:
-        """Count `count` requests."""
-        cells, own = self._cells, self._own
-        second = int(now)
-        day = second // _DAY_SECONDS
-        if cells[own] != day:
-            # Count first: a reader in between sees a day too few, never yesterday's count as today's.
-            cells[own + 1] = 0
-            cells[own] = day
-        cells[own + 1] += count
-        at = cells[own + 2]
-        if at != second:
-            cells[own + 4] = cells[own + 3] if at == second - 1 else 0
-            cells[own + 3] = 0
-            cells[own + 2] = second
-        cells[own + 3] += count
-
-
-class SharedState:
-    """The shared memory, as one process sees it; made by the supervisor, inherited by fork."""
-
-    def __init__(self, file: BinaryIO | None, counts: mmap.mmap, slots: int, records: dict[bytes, int]) -> None:
-        self._file = file
-        self._counts = counts
-        self._cells = memoryview(counts)[_HEADER_BYTES:].cast("q")
-        self._slots = slots
-        self._records = records  # digest to index of its first cell
-        self._aliases = mmap.mmap(-1, 8 + ALIAS_CAPACITY * _ALIAS.size)
-        self._alias_count = memoryview(self._aliases)[:8].cast("Q")
-        self._alias_lock = os.memfd_create("aliases")
-
-    @classmethod
-    def create(cls, path: Path | None, workers: int, token_digests: list[bytes]) -> "SharedState":
-        """Open the counts kept at `path` (None: in memory only) for `workers` workers and these tokens.
-
-        Counts of today are carried over, also from a file of another shape. Afterwards no other gateway can open it.
-
-        Raises:
-            SharedStateError: it cannot be used, or another gateway uses it.
-        """
-        slots = 2 * workers
-        digests = list(dict.fromkeys(token_digests))
-        if path is None:
-            return cls._lay_out(None, slots, digests, {})
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(path.with_suffix(".lock"), "a+b")
-        except OSError as error:
-            raise SharedStateError(
-                f"cannot write to the state directory {path.parent}: {error.strerror}; set REDISGATE_STATE_DIR to one"
-                " that can be written, or start without rate and daily limits"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise SharedStateError(
-                f"another gateway uses the state directory {path.parent}; give each its own REDISGATE_STATE_DIR"
-            ) from error
-        kept = _read_day_counts(path)
-        # Tokens that the configuration lacks today may be back before midnight.
-        digests += [digest for digest in kept if digest not in digests]
-        temporary = path.with_suffix(".new")
-        with open(temporary, "w+b") as file:
-            state = cls._lay_out(file, slots, digests, kept)
-        os.replace(temporary, path)
-        state._file = lock
-        return state
-
-    @classmethod
-    def _lay_out(
-        cls, file: BinaryIO | None, slots: int, digests: list[bytes], kept: dict[bytes, tuple[int, int]]
-    ) -> "SharedState":
-        record_bytes = _DIGEST_BYTES + slots * _SLOT_BYTES
-        size = _HEADER_BYTES + max(1, len(digests)) * record_bytes
-        if file is None:
-            counts = mmap.mmap(-1, size)
-        else:
-            file.truncate(size)
-            counts = mmap.mmap(file.fileno(), size)
-        _HEADER.pack_into(counts, 0, _MAGIC, slots, len(digests))
-        records = {}
-        for index, digest in enumerate(digests):
-            if len(digest) != _DIGEST_BYTES:
-                raise ValueError("a token digest has 32 bytes")
-            start = _HEADER_BYTES + index * record_bytes
-            counts[start : start + _DIGEST_BYTES] = digest
-            records[digest] = (start + _DIGEST_BYTES - _HEADER_BYTES) // 8
-        state = cls(None, counts, slots, records)
-        for digest, (day, count) in kept.items():
-            cell = records[digest]
-            state._cells[cell], state._cells[cell + 1] = day, count
-        return state
-
-    def counter(self, digest: bytes, worker: int) -> Counter:
-        """The counter of a token for the incarnation in slot `worker`. Raises KeyError for an unknown token."""
-        return Counter(self._cells, self._records[digest], self._slots, worker)
-
-    def knows(self, digests: list[bytes]) -> bool:
-        """Whether all these tokens have records."""
-        return all(digest in self._records for digest in digests)
-
-    def flush(self) -> None:
-        """Write the counts to disk."""
-        self._counts.flush()
-
-    # Script aliases
-
-    @property
-    def alias_position(self) -> int:
-        """Grows by one with every alias published."""
-        return self._alias_count[0]
-
-    def publish_alias(self, instance: bytes, original: bytes, rewritten: bytes) -> None:
-        """Make an alias visible to every worker; `instance` is an `instance_digest`, the SHA1s are 40 hexadecimal digits."""
-        # flock ties a lock to the open file, which forked processes share; a lock of fcntl belongs to the process.
-        fcntl.lockf(self._alias_lock, fcntl.LOCK_EX)
-        try:
-            position = self._alias_count[0]
-            offset = 8 + position % ALIAS_CAPACITY * _ALIAS.size
-            _ALIAS.pack_into(
-                self._aliases, offset, instance, bytes.fromhex(original.decode()), bytes.fromhex(rewritten.decode())
-            )
-            self._alias_count[0] = position + 1  # last: readers look at it first
-        finally:
-            fcntl.lockf(self._alias_lock, fcntl.LOCK_UN)
-
-    def aliases_since(self, position: int) -> tuple[int, list[tuple[bytes, bytes, bytes]]]:
-        """The position now, and the aliases published since; instances by `instance_digest`."""
-        fcntl.lockf(self._alias_lock, fcntl.LOCK_EX)
-        try:
-            now = self._alias_count[0]
-            first = max(position, now - ALIAS_CAPACITY)
-            news = []
-            for index in range(first, now):
-                instance, original, rewritten = _ALIAS.unpack_from(
-                    self._aliases, 8 + index % ALIAS_CAPACITY * _ALIAS.size
-                )
-                news.append((instance, original.hex().encode(), rewritten.hex().encode()))
-        finally:
-            fcntl.lockf(self._alias_lock, fcntl.LOCK_UN)
-        return now, news
+    """The counters cannot be kept where they should be; one line for the operator."""
 
 
 def instance_digest(instance: bytes) -> bytes:
     """How an instance is named in the shared table of aliases: 16 bytes."""
-    return hashlib.blake2b(instance, digest_size=16).digest()
+    return hashlib.blake2b(instance, digest_size=_INSTANCE_BYTES).digest()
 
 
-def _read_day_counts(path: Path) -> dict[bytes, tuple[int, int]]:
-    """The latest day and its count for every token in a file of any shape."""
+class Counter:
+    """What one token used, counted by one worker and summed over all."""
+
+    __slots__ = ("_days_at", "_memory", "_own_day", "_own_seconds", "_seconds_at", "_unpack", "_words")
+
+    def __init__(self, memory: mmap.mmap, words: "memoryview[int]", record_at: int, slots: int, slot: int) -> None:
+        days_at = record_at + _DIGEST_BYTES + _CHECK.size
+        even_at, odd_at = days_at + 8 * slots, days_at + 16 * slots
+        self._memory = memory
+        self._words = words
+        self._unpack = struct.Struct(f"@{slots}Q").unpack_from
+        self._days_at = days_at
+        self._seconds_at = (even_at, odd_at)
+        self._own_day = days_at // 8 + slot
+        self._own_seconds = (even_at // 8 + slot, odd_at // 8 + slot)
+
+    def rate_usage(self, now: float) -> float:
+        """Requests in the second before `now` (unix seconds), of all workers.
+
+        The second that `now` is in counts whole, the one before by the part of it that is not yet a second ago.
+        """
+        second = int(now) & _SECONDS
+        parity = second & 1
+        # Comparing is cheaper than shifting, and drops zero words and those of other seconds at once.
+        floor = second << _SECOND_SHIFT
+        ceiling = floor + _SECOND_COUNT
+        current = 0
+        for word in self._unpack(self._memory, self._seconds_at[parity]):
+            if floor < word <= ceiling:
+                current += word - floor
+        floor -= 1 << _SECOND_SHIFT
+        ceiling = floor + _SECOND_COUNT
+        previous = 0
+        for word in self._unpack(self._memory, self._seconds_at[parity ^ 1]):
+            if floor < word <= ceiling:
+                previous += word - floor
+        return current + previous * (1.0 - now % 1.0) if previous else float(current)
+
+    def day_usage(self, now: float) -> int:
+        """Requests since UTC midnight before `now` (unix seconds), of all workers."""
+        floor = (int(now // _DAY_SECONDS) & _DAYS) << _DAY_SHIFT
+        tomorrow = floor + _DAY_COUNT + 1
+        end = tomorrow + _DAY_COUNT
+        total = 0
+        for word in self._unpack(self._memory, self._days_at):
+            if floor < word <= end:
+                # Tomorrow's words are there when the clock was set back over midnight. They count: the limit
+                # would start again from nothing otherwise, twice in one night.
+                total += word - floor if word < tomorrow else word - tomorrow
+        return total
+
+    def add(self, n: int, now: float) -> None:
+        """Count `n` requests (not negative) at `now` (unix seconds)."""
+        words = self._words
+        second = int(now) & _SECONDS
+        index = self._own_seconds[second & 1]
+        word = words[index]
+        words[index] = word + n if word >> _SECOND_SHIFT == second else (second << _SECOND_SHIFT) + n
+        day = int(now // _DAY_SECONDS) & _DAYS
+        index = self._own_day
+        word = words[index]
+        # A word of any other day is stale, also one far ahead that a wrong clock left: it must not stop the count.
+        words[index] = word + n if day <= word >> _DAY_SHIFT <= day + 1 else (day << _DAY_SHIFT) + n
+
+
+class _Aliases:
+    """A ring of the latest script aliases, in memory that forked processes share.
+
+    A record is written before the position that announces it; and carries a checksum of its place and content, so
+    that neither a processor that reorders writes nor a writer that overtakes us can make us read half of one.
+    """
+
+    __slots__ = ("_fd", "_memory", "_words")
+
+    def __init__(self) -> None:
+        self._fd = _memory_file("redisgate-aliases", _ALIASES_AT + ALIAS_CAPACITY * _ALIAS_BYTES)
+        self._memory = mmap.mmap(self._fd, 0)
+        self._words = memoryview(self._memory).cast("Q")
+
+    @property
+    def position(self) -> int:
+        return self._words[0]
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def publish(self, instance: bytes, original: bytes, rewritten: bytes) -> None:
+        if len(instance) != _INSTANCE_BYTES:
+            raise ValueError(f"an instance digest has {_INSTANCE_BYTES} bytes")
+        digests = bytes.fromhex(original.decode("ascii")), bytes.fromhex(rewritten.decode("ascii"))
+        if len(digests[0]) != 20 or len(digests[1]) != 20:
+            raise ValueError("a SHA1 has 40 hexadecimal digits")
+        # Record locks belong to the process: forked workers exclude each other, and the kernel frees the lock of one
+        # that is killed while it holds it.
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        try:
+            position = self._words[0]
+            record = bytearray(_ALIAS.pack(0, instance, *digests))
+            _stamp(record, position)
+            at = _alias_at(position)
+            self._memory[at : at + _ALIAS.size] = bytes(record)
+            self._words[0] = position + 1
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+    def since(self, position: int) -> tuple[int, list[tuple[bytes, bytes, bytes]]]:
+        end = self._words[0]
+        # The oldest record is where the next one is written: it may be overwritten under our eyes.
+        position = max(position, end - ALIAS_CAPACITY + 1)
+        found = []
+        while position < end:
+            at = _alias_at(position)
+            record = bytearray(self._memory[at : at + _ALIAS.size])
+            stamped = bytes(record[:4])
+            _stamp(record, position)
+            if record[:4] == stamped:
+                _, instance, original, rewritten = _ALIAS.unpack(record)
+                found.append((instance, original.hex().encode(), rewritten.hex().encode()))
+            elif self._words[0] - position < ALIAS_CAPACITY:
+                break  # not overtaken, so not quite visible yet: the next call gets it
+            position += 1
+        return position, found
+
+
+def _alias_at(position: int) -> int:
+    return _ALIASES_AT + position % ALIAS_CAPACITY * _ALIAS_BYTES
+
+
+def _stamp(record: bytearray, position: int) -> None:
+    """Write the checksum of a record at `position` into its first four bytes."""
+    struct.pack_into("@I", record, 0, zlib.crc32(memoryview(record)[4:], position & 0xFFFFFFFF))
+
+
+class SharedState:
+    """Counters and script aliases, mapped by the supervisor before it forks and by every worker."""
+
+    __slots__ = (
+        "_aliases",
+        "_fd",
+        "_flushed",
+        "_incarnation",
+        "_lock_fd",
+        "_memory",
+        "_records",
+        "_slots",
+        "_words",
+        "path",
+        "workers",
+    )
+
+    def __init__(self, path: Path | None, fd: int, lock_fd: int, workers: int) -> None:
+        """Maps what `fd` holds; `create` and `anonymous` make one."""
+        self.path = path
+        self.workers = workers
+        self._slots = workers * INCARNATIONS
+        self._incarnation = 0
+        self._fd = fd
+        self._lock_fd = lock_fd
+        self._records: dict[bytes, int] = {}
+        self._flushed = -1
+        self._aliases = _Aliases()
+        self._map()
+
+    @classmethod
+    def create(cls, path: Path, workers: int, token_digests: Iterable[bytes]) -> "SharedState":
+        """Map the counters in the file `path`, with today's counts of the gateway that wrote it last.
+
+        `token_digests`: the tokens that have a limit, 32 bytes each. The folder is made if it is missing. A file that
+        makes no sense is kept beside it under the name `<path>.corrupt`.
+
+        Raises:
+            SharedStateError: the folder cannot be written, or another gateway uses it.
+        """
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock_fd = _lock(path.with_name(path.name + ".lock"))
+        except OSError as error:
+            raise SharedStateError(f"cannot keep counters in {path.parent}: {error.strerror}") from error
+        try:
+            counts = _counts_to_keep(path, int(time.time() // _DAY_SECONDS) & _DAYS)
+            fd = _write_new(path, workers * INCARNATIONS, {**dict.fromkeys(token_digests, 0), **counts})
+        except OSError as error:
+            os.close(lock_fd)
+            raise SharedStateError(f"cannot keep counters in {path}: {error.strerror}") from error
+        return cls(path, fd, lock_fd, workers)
+
+    @classmethod
+    def anonymous(cls, workers: int, token_digests: Iterable[bytes] = ()) -> "SharedState":
+        """The same without a file: counts are gone when the gateway stops."""
+        fd = _memory_file("redisgate-counters", 0)
+        slots = workers * INCARNATIONS
+        os.pwrite(fd, _image(slots, dict.fromkeys(token_digests, 0)), 0)
+        return cls(None, fd, -1, workers)
+
+    def _map(self) -> None:
+        self._memory = mmap.mmap(self._fd, 0)
+        self._words = memoryview(self._memory).cast("Q")
+        size = _record_bytes(self._slots)
+        (count,) = _RECORDS.unpack_from(self._memory, _RECORDS_AT)
+        for at in range(_HEADER_BYTES, _HEADER_BYTES + count * size, size):
+            self._records[self._memory[at : at + _DIGEST_BYTES]] = at
+
+    def extend(self, token_digests: Iterable[bytes]) -> None:
+        """Give tokens that have none yet a record, for the workers forked from now on.
+
+        Records are appended, so workers that mapped the shorter file go on counting in the same places.
+
+        Raises:
+            SharedStateError: there is no room left.
+        """
+        new = [digest for digest in dict.fromkeys(token_digests) if digest not in self._records]
+        if not new:
+            return
+        size = _record_bytes(self._slots)
+        count = len(self._records)
+        end = _HEADER_BYTES + count * size
+        try:
+            _reserve(self._fd, end, len(new) * size)
+            os.pwrite(self._fd, b"".join(_record(digest, 0, self._slots) for digest in new), end)
+            os.pwrite(self._fd, _RECORDS.pack(count + len(new)), _RECORDS_AT)
+        except OSError as error:
+            raise SharedStateError(f"no room for the counters of {len(new)} more tokens: {error.strerror}") from error
+        self._map()
+
+    def enter(self, incarnation: int) -> None:
+        """Say in a worker that was just forked which slots it counts in: below `INCARNATIONS`.
+
+        Of the live processes of one worker index no two may use the same.
+        """
+        if not 0 <= incarnation < INCARNATIONS:
+            raise ValueError(f"incarnation {incarnation} is not below {INCARNATIONS}")
+        self._incarnation = incarnation
+
+    def counter(self, digest: bytes, worker: int) -> Counter:
+        """The counter of a token (32 bytes) for one worker index.
+
+        Raises:
+            KeyError: neither `create` nor `extend` was told of the token.
+        """
+        if not 0 <= worker < self.workers:
+            raise ValueError(f"worker {worker} is not below {self.workers}")
+        slot = self._incarnation * self.workers + worker
+        return Counter(self._memory, self._words, self._records[digest], self._slots, slot)
+
+    def flush(self) -> None:
+        """Have the counts on disk; does nothing when nothing was counted since the last call."""
+        if self.path is None:
+            return
+        checksum = zlib.crc32(self._memory)
+        if checksum != self._flushed:
+            self._memory.flush()
+            self._flushed = checksum
+
+    def close(self) -> None:
+        """Flush, and let another gateway use the file. Counters that were handed out stay readable."""
+        if self._fd >= 0:
+            self.flush()
+            os.close(self._fd)
+            self._fd = -1
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        self._aliases.close()
+
+    @property
+    def alias_position(self) -> int:
+        """How many aliases were ever published; compare with what `aliases_since` returned last."""
+        return self._aliases.position
+
+    def publish_alias(self, instance: bytes, original: bytes, rewritten: bytes) -> None:
+        """Let all workers know `original` as `rewritten` (40 hexadecimal digits each) on an instance.
+
+        `instance` is an `instance_digest`. Every worker that looks after this returned finds the alias.
+
+        Raises:
+            ValueError: one of the digests is none.
+        """
+        self._aliases.publish(instance, original, rewritten)
+
+    def aliases_since(self, position: int) -> tuple[int, list[tuple[bytes, bytes, bytes]]]:
+        """The position to ask from next time, and what was published since `position`, oldest first.
+
+        A reader that fell `ALIAS_CAPACITY` or more behind gets what is left. SHA1s are lower-case.
+        """
+        return self._aliases.since(position)
+
+
+def _record_bytes(slots: int) -> int:
+    return _DIGEST_BYTES + _CHECK.size + 3 * 8 * slots
+
+
+def _record(digest: bytes, day_word: int, slots: int) -> bytes:
+    if len(digest) != _DIGEST_BYTES:
+        raise ValueError(f"a token digest has {_DIGEST_BYTES} bytes, not {len(digest)}")
+    head = digest + _CHECK.pack(zlib.crc32(digest, _VERSION)) + _CHECK.pack(day_word)
+    return head.ljust(_record_bytes(slots), b"\0")
+
+
+def _image(slots: int, day_words: Mapping[bytes, int]) -> bytes:
+    """A whole file: the counts of each digest go into the slot of the first worker."""
+    static = _HEADER.pack(_MAGIC, _VERSION, slots, len(day_words), zlib.crc32(_MAGIC, _VERSION + (slots << 8)))
+    records = b"".join(_record(digest, word, slots) for digest, word in day_words.items())
+    return static.ljust(_HEADER_BYTES, b"\0") + records
+
+
+class _CorruptError(Exception):
+    pass
+
+
+def _counts_to_keep(path: Path, today: int) -> dict[bytes, int]:
+    """Day words by digest that a new file begins with; a corrupt file is set aside, loudly."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         return {}
     try:
-        magic, slots, records = _HEADER.unpack_from(data)
-        record_bytes = _DIGEST_BYTES + slots * _SLOT_BYTES
-        if magic != _MAGIC or len(data) < _HEADER_BYTES + records * record_bytes:
-            raise ValueError("not a file of counts")
-    except (struct.error, ValueError):
-        aside = path.with_suffix(".corrupt")
+        return _day_words(data, today)
+    except _CorruptError as error:
+        aside = path.with_name(path.name + ".corrupt")
         os.replace(path, aside)
-        log.error("%s is damaged; kept as %s, and today's counts begin again at zero", path, aside)
+        log.error("the counters in %s are lost: %s; daily limits start again from 0; kept as %s", path, error, aside)
         return {}
-    result = {}
-    for index in range(records):
-        start = _HEADER_BYTES + index * record_bytes
-        digest = data[start : start + _DIGEST_BYTES]
-        cells = struct.unpack_from(f"<{slots * _SLOT_FIELDS}q", data, start + _DIGEST_BYTES)
-        day = max(cells[::_SLOT_FIELDS])
-        if day:
-            count = sum(cells[i + 1] for i in range(0, len(cells), _SLOT_FIELDS) if cells[i] == day)
-            result[digest] = (day, count)
-    return result
+
+
+def _day_words(data: bytes, today: int) -> dict[bytes, int]:
+    if len(data) < _HEADER_BYTES:
+        raise _CorruptError(f"the file has only {len(data)} bytes")
+    magic, version, slots, count, check = _HEADER.unpack_from(data)
+    if magic != _MAGIC:
+        raise _CorruptError("it is no file of counters, or one of a machine with another byte order")
+    if version != _VERSION:
+        raise _CorruptError(f"it has format {version}, and this gateway knows {_VERSION}")
+    if check != zlib.crc32(_MAGIC, _VERSION + (slots << 8)) or slots == 0:
+        raise _CorruptError("its header is damaged")
+    size = _record_bytes(slots)
+    if len(data) < _HEADER_BYTES + count * size:
+        raise _CorruptError(f"it ends before its {count} records do")
+    kept = {}
+    unpack = struct.Struct(f"@{slots}Q").unpack_from
+    for at in range(_HEADER_BYTES, _HEADER_BYTES + count * size, size):
+        digest = data[at : at + _DIGEST_BYTES]
+        if _CHECK.unpack_from(data, at + _DIGEST_BYTES)[0] != zlib.crc32(digest, _VERSION):
+            raise _CorruptError(f"the record at byte {at} is damaged")
+        counts: dict[int, int] = {}
+        for word in filter(None, unpack(data, at + _DIGEST_BYTES + _CHECK.size)):
+            day = word >> _DAY_SHIFT
+            # As in Counter.day_usage: tomorrow is today's, seen before the clock was set back.
+            day = today if day == today + 1 else day
+            counts[day] = counts.get(day, 0) + (word & _DAY_COUNT)
+        # Later days are kept for the machine whose clock is only set after the gateway has started.
+        day = today if today in counts else max(counts, default=-1)
+        if day >= today:
+            kept[digest] = (day << _DAY_SHIFT) + min(counts[day], _DAY_COUNT)
+    return kept
+
+
+def _write_new(path: Path, slots: int, day_words: Mapping[bytes, int]) -> int:
+    """Write a file and put it in the place of `path` in one step; its descriptor."""
+    fresh = path.with_name(path.name + ".new")
+    fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        image = _image(slots, day_words)
+        _reserve(fd, 0, len(image))
+        view = memoryview(image)
+        written = 0
+        while written < len(image):
+            written += os.pwrite(fd, view[written:], written)
+        os.fsync(fd)
+        os.replace(fresh, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _reserve(fd: int, at: int, size: int) -> None:
+    """Take room on the disk now: a store into a mapped hole of a full disk kills the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, at, size)
+    else:
+        os.ftruncate(fd, at + size)
+
+
+def _memory_file(name: str, size: int) -> int:
+    """A descriptor of memory that lives as long as a process holds it."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(name)
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd
+
+
+def _lock(path: Path) -> int:
+    """Lock the counters for this process and its workers, by a file beside them (they are replaced, it is not)."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            owner = os.pread(fd, 20, 0).strip().decode("ascii", "replace")
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise SharedStateError(
+                    f"another gateway (process {owner or 'unknown'}) keeps its counters in {path.parent}: "
+                    "give this one a state directory of its own"
+                ) from None
+            time.sleep(0.02)
+        except BaseException:
+            os.close(fd)
+            raise
+    with contextlib.suppress(OSError):  # the number is for the message above only
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    return fd

@@ -1,354 +1,581 @@
-"""The supervisor: binds the sockets, keeps N workers alive, drains and reloads.
+"""The supervisor: N workers, their sockets, their drain and their replacement.
 
-One SO_REUSEPORT socket per worker is bound once and stays open here, so the
-connections that wait in its queue survive a worker's crash, and a replacement
-finds them: closing a listener resets them.
+It binds one SO_REUSEPORT socket per worker, once, and keeps them all open. A
+replacement inherits the socket of the worker whose place it takes; so the
+connections that wait in the socket's queue live through a crash and a reload.
+(Closing one of two listeners resets what waits in it.)
 
-The process has no event loop. Signals are blocked and taken one at a time, so
-none is lost and nothing runs at an odd moment.
+One thread, no event loop: it forks. What happens arrives as bytes on pipes:
+signals through the wake-up descriptor, readiness through a pipe per worker.
+
+The worker's code is imported here, before the first fork: a replacement is
+there in milliseconds, shares its pages with the others, and is of the same
+release as they are, also after somebody upgraded the package underneath.
 """
 
 import contextlib
 import ctypes
+import dataclasses
+import errno
+import gc
 import logging
 import os
-import selectors
+import select
 import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NoReturn
 
 from redisgate import logs
+from redisgate.access import token_digest
 from redisgate.config import ConfigError, Settings, ensure_secret_key
-from redisgate.shared import SharedState, SharedStateError
+from redisgate.shared import INCARNATIONS, SharedState, SharedStateError
 
-START_TIMEOUT = 30.0
-"""Seconds for a worker to accept requests."""
-STABLE_SECONDS = 5.0
-"""A worker that lived this long is replaced at once, one that did not after a growing delay."""
-MAX_RESTART_DELAY = 10.0
-KILL_GRACE = 5.0
-"""Seconds beyond the drain timeout before a worker is killed."""
-FLUSH_SECONDS = 1.0
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
+BACKLOG = 4096
+"""Connections that wait to be accepted, per worker."""
+START_TIMEOUT = 60.0
+"""Seconds a worker has to accept requests before it counts as dead."""
+DRAIN_GRACE = 5.0
+"""Seconds beyond the workers' own drain timeout before they are killed."""
+SHORT_LIFE = 5.0
+"""A worker that dies within so many seconds of its start makes the next one wait."""
+FIRST_BACKOFF = 0.1
+MAX_BACKOFF = 5.0
+"""Seconds between two starts of a worker that keeps dying: doubles from the first to the second."""
+FLUSH_INTERVAL = 1.0
+"""Seconds of counts that a power failure may cost."""
+COUNTS_FILE = "counts"
+"""In the state directory."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _PR_SET_PDEATHSIG = 1
-
-log = logging.getLogger(__name__)
 
 WorkerMain = Callable[[Settings, socket.socket, int, SharedState, int], None]
 
+log = logging.getLogger(__name__)
 
-@dataclass
+
+class StartError(Exception):
+    """The gateway cannot start; one line for the operator."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Generation:
+    """Workers of the same settings."""
+
+    settings: Settings
+    proven: bool = False
+    """A worker has become ready with these settings; for the first generation: all have."""
+
+
+@dataclasses.dataclass(eq=False, slots=True)
 class _Worker:
-    """One incarnation of a worker."""
-
     pid: int
-    slot: int
+    incarnation: int
+    generation: _Generation
     started: float
-    ready: int | None
-    """Read end of its readiness pipe, until it is ready."""
-    stopping: bool = False
+    ready_fd: int
+    kill_at: float | None = None
+    """Monotonic seconds; None: it may live on."""
+    killed_for: str = ""
 
 
-@dataclass
 class _Seat:
-    """A place that always has a worker: one socket, and two slots in shared memory, used in turn."""
+    """The place of one worker: its index and socket, and the up to two processes that hold them."""
 
-    index: int
-    sock: socket.socket
-    workers: list[_Worker] = field(default_factory=list)
-    failures: int = 0
-    restart_at: float | None = None
+    __slots__ = ("draining", "failures", "index", "retry_at", "serving", "sock", "starting")
 
-    def free_slot(self) -> int | None:
-        taken = {worker.slot for worker in self.workers}
-        return next((slot for slot in (2 * self.index, 2 * self.index + 1) if slot not in taken), None)
+    def __init__(self, index: int, sock: socket.socket) -> None:
+        self.index = index
+        self.sock = sock
+        self.starting: _Worker | None = None
+        self.serving: _Worker | None = None
+        self.draining: _Worker | None = None
+        self.failures = 0
+        self.retry_at = 0.0
 
+    def workers(self) -> list[_Worker]:
+        return [worker for worker in (self.starting, self.serving, self.draining) if worker is not None]
 
-def worker_run(settings: Settings, sock: socket.socket, slot: int, shared: SharedState, ready_fd: int) -> None:
-    """What a worker process does."""
-    from redisgate.worker import run
-
-    run(settings, sock, slot, shared, ready_fd)
-
-
-def bind(host: str, port: int, count: int) -> list[socket.socket]:
-    """`count` listening addresses that are one: SO_REUSEPORT. Raises OSError if anybody listens there already."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Without SO_REUSEPORT first: with it, a second gateway would quietly take half of the connections.
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
-    sockets = []
-    for _ in range(count):
-        sock = socket.socket(family)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((host, port))
-        port = sock.getsockname()[1]
-        sock.setblocking(False)
-        sockets.append(sock)
-    return sockets
+    def free_incarnation(self) -> int | None:
+        taken = {worker.incarnation for worker in self.workers()}
+        return next((number for number in range(INCARNATIONS) if number not in taken), None)
 
 
 def run(
     settings: Settings,
-    reload: Callable[[], Settings] | None = None,
-    on_ready: Callable[[str], None] | None = None,
-    worker_main: WorkerMain = worker_run,
+    reload: Callable[[], Settings] | None,
+    on_ready: Callable[[Settings], None] | None = None,
+    *,
+    worker_main: WorkerMain | None = None,
 ) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status.
+    """Serve until SIGTERM or SIGINT; the exit status: 0 after a complete drain, 1 otherwise.
 
-    Args:
-        reload: gives the settings anew on SIGHUP.
-        on_ready: called once with the address (`http://host:port`) when all workers accept requests.
+    `reload` makes the new settings on SIGHUP; what it raises is logged, and the old workers stay. Without it SIGHUP
+    (the terminal is gone) is as SIGTERM. `on_ready` is called once, when all workers accept requests, with the port
+    that was really bound. `worker_main` stands for `redisgate.worker.run`.
+
+    Must be called in the main thread of a process that has no other.
     """
     logs.configure(settings.log_level, settings.log_format)
-    # Workers must not die with the terminal's Ctrl-C before they have drained: the supervisor tells them.
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    if worker_main is None:
+        from redisgate import worker
+
+        worker_main = worker.run
     try:
-        return _Supervisor(settings, reload, on_ready, worker_main).run()
-    except (ConfigError, SharedStateError) as error:
-        print(f"redisgate: {error}", file=sys.stderr)
+        with contextlib.ExitStack() as stack:
+            sockets = bind(settings.host, settings.port, settings.workers)
+            for sock in sockets:
+                stack.enter_context(sock)
+            settings = ensure_secret_key(settings)
+            shared = _shared_state(settings)
+            stack.callback(shared.close)
+            return _Supervisor(settings, reload, on_ready, worker_main, sockets, shared).run()
+    except (StartError, ConfigError) as error:
+        _complain(str(error))
         return 1
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def _complain(message: str) -> None:
+    """Say why the gateway does not start: to whoever started it, whatever the log level is."""
+    print(f"redisgate: {message}", file=sys.stderr, flush=True)
+
+
+def bind(host: str, port: int, count: int) -> list[socket.socket]:
+    """`count` sockets that listen on one address; port 0 takes a free one.
+
+    Raises:
+        StartError: the address is taken, not ours, or not known.
+    """
+    where = _url_host(host) + f":{port}"
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise StartError(f"cannot listen on {where}: {error.strerror}") from error
+    # "localhost" is both; a program that tries one only tries IPv4.
+    family, *_, address = min(found, key=lambda info: info[0] != socket.AF_INET)
+    sockets: list[socket.socket] = []
+    try:
+        # SO_REUSEPORT would let a second gateway of the same user share the port without a word. Whoever binds
+        # without it is told; and finds us, because our sockets listen from the start.
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _take_both_families(probe, host)
+            probe.bind(address)
+        for _ in range(count):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            _take_both_families(sock, host)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+            address = sock.getsockname()
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        hint = "; choose another with --port or REDISGATE_PORT" if error.errno == errno.EADDRINUSE else ""
+        raise StartError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}{hint}") from error
+    return sockets
+
+
+def _take_both_families(sock: socket.socket, host: str) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host or "0.0.0.0"
+
+
+def _limited(settings: Settings) -> list[bytes]:
+    return [token_digest(token.token) for token in settings.tokens if token.rate is not None or token.daily is not None]
+
+
+def _has_daily_limits(settings: Settings) -> bool:
+    return any(token.daily is not None for token in settings.tokens)
+
+
+def _shared_state(settings: Settings) -> SharedState:
+    digests = _limited(settings)
+    if not _has_daily_limits(settings):
+        # A second that nobody counted is forgotten in a second: no file, and no claim on the state directory.
+        return SharedState.anonymous(settings.workers, digests)
+    try:
+        return SharedState.create(settings.state_dir / COUNTS_FILE, settings.workers, digests)
+    except SharedStateError as error:
+        raise StartError(
+            f"{error}; tokens have daily limits, whose counts must be kept: set REDISGATE_STATE_DIR to a directory"
+            " that can be written and is no other gateway's"
+        ) from error
 
 
 class _Supervisor:
+    """Starts, watches, replaces and stops the workers."""
+
     def __init__(
         self,
         settings: Settings,
         reload: Callable[[], Settings] | None,
-        on_ready: Callable[[str], None] | None,
+        on_ready: Callable[[Settings], None] | None,
         worker_main: WorkerMain,
+        sockets: list[socket.socket],
+        shared: SharedState,
     ) -> None:
-        self._settings = ensure_secret_key(settings)
         self._reload = reload
         self._on_ready = on_ready
         self._worker_main = worker_main
-        self._seats: list[_Seat] = []
-        self._announced = False
-        self._stopping_since: float | None = None
+        self._shared = shared
+        self._seats = [_Seat(index, sock) for index, sock in enumerate(sockets)]
+        self._pid = os.getpid()
+        self._configured = settings  # as somebody wrote it: port 0 stays 0
+
+        # Settings: those that workers are started with, and the last that are known to work.
+        self._generation = _Generation(dataclasses.replace(settings, port=sockets[0].getsockname()[1]))
+        self._proven = self._generation
+        self._reload_asked = False
+        self._reloading = False
+
+        # The end.
+        self._stopping = False
         self._status = 0
-        self._rolling: list[_Seat] = []  # seats whose worker a reload has yet to replace
-        self._flushed = 0.0
 
     def run(self) -> int:
-        settings = self._settings
+        receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        previous_wakeup = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+        previous_handlers = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        # Garbage collection in a worker would write to, and so copy, every page it shares with the others.
+        gc.collect()
+        gc.freeze()
         try:
-            sockets = bind(settings.host, settings.port, settings.workers)
-        except OSError as error:
-            print(
-                f"redisgate: cannot listen on {settings.host}:{settings.port}: {error.strerror};"
-                " choose another with --port or REDISGATE_PORT",
-                file=sys.stderr,
-            )
-            return 1
-        self._shared = self._make_shared(settings)
-        self._seats = [_Seat(index, sock) for index, sock in enumerate(sockets)]
+            for seat in self._seats:
+                self._start(seat, self._generation)
+            next_flush = time.monotonic() + FLUSH_INTERVAL
+            while any(seat.workers() for seat in self._seats) or not self._stopping:
+                self._wait(receive, next_flush)
+                self._reap()
+                self._advance()
+                if time.monotonic() >= next_flush:
+                    self._flush()
+                    next_flush = time.monotonic() + FLUSH_INTERVAL
+            return self._status
+        finally:
+            self._kill_all()
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(previous_wakeup)
+            os.close(receive)
+            os.close(send)
+            gc.unfreeze()
+
+    # Waiting
+
+    def _wait(self, signals: int, next_flush: float) -> None:
+        """Until a signal, a worker that is ready, or something that is due; acts on the first two."""
+        now = time.monotonic()
+        due = [next_flush, *(seat.retry_at for seat in self._seats if seat.retry_at > now)]
+        poll = select.poll()
+        poll.register(signals, select.POLLIN)
+        starting: dict[int, _Seat] = {}
         for seat in self._seats:
-            self._start(seat)
-        while self._stopping_since is None or any(seat.workers for seat in self._seats):
-            self._wait()
-            self._collect_ready()
-            self._keep_alive()
-        self._shared.flush()
-        return self._status
+            if seat.starting is not None and seat.starting.ready_fd >= 0:
+                starting[seat.starting.ready_fd] = seat
+                poll.register(seat.starting.ready_fd, select.POLLIN)
+                due.append(seat.starting.started + START_TIMEOUT)
+            due.extend(worker.kill_at for worker in seat.workers() if worker.kill_at is not None)
+        timeout = max(0.0, min(due) - now)
+        for fd, _ in poll.poll(timeout * 1000 + 1):
+            if fd == signals:
+                self._on_signals(os.read(signals, 4096))
+            elif fd in starting:
+                self._on_ready_pipe(starting[fd], fd)
 
-    def _make_shared(self, settings: Settings) -> SharedState:
-        digests = _limited(settings)
-        path = settings.state_dir / "counts" if digests else None
-        return SharedState.create(path, settings.workers, digests)
+    def _on_signals(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGHUP and self._reload is None):
+                if not self._stopping:
+                    log.info("%s: draining", signal.Signals(number).name)
+                    self._stop(0)
+                else:
+                    log.warning("%s again: stopping at once", signal.Signals(number).name)
+                    self._kill_all()
+            elif number == signal.SIGHUP:
+                self._reload_asked = True
 
-    # Workers
-
-    def _start(self, seat: _Seat) -> None:
-        slot = seat.free_slot()
-        if slot is None:
+    def _on_ready_pipe(self, seat: _Seat, fd: int) -> None:
+        worker = seat.starting
+        assert worker is not None
+        ready = os.read(fd, 1) != b""
+        os.close(fd)
+        worker.ready_fd = -1
+        if not ready or self._stopping:
+            return  # it is dead or dying: SIGCHLD tells the rest
+        old = seat.serving
+        seat.starting, seat.serving = None, worker
+        if old is not None:
+            seat.draining = old
+            self._drain(old)
+        generation = worker.generation
+        if generation.proven:
             return
-        seat.restart_at = None
-        ready, ready_write = os.pipe()
+        if self._proven.proven:
+            generation.proven = True
+            self._proven = generation
+        elif all(each.serving is not None for each in self._seats):
+            generation.proven = True
+            self._announce()
+
+    def _announce(self) -> None:
+        settings = self._generation.settings
+        workers = "1 worker" if settings.workers == 1 else f"{settings.workers} workers"
+        print(f"listening on http://{_url_host(settings.host)}:{settings.port} ({workers})", flush=True)
+        if self._on_ready is not None:
+            self._on_ready(settings)
+
+    def _flush(self) -> None:
+        try:
+            self._shared.flush()
+        except OSError as error:
+            log.error("cannot write the counters to disk: %s", error.strerror)
+
+    # Starting and replacing
+
+    def _start(self, seat: _Seat, generation: _Generation) -> None:
+        incarnation = seat.free_incarnation()
+        assert incarnation is not None
+        receive, send = os.pipe2(os.O_CLOEXEC)
+        # A child that were signalled before it is itself would write to our wake-up pipe.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         sys.stdout.flush()
         sys.stderr.flush()
-        supervisor = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._child(seat, slot, ready, ready_write, supervisor)
-        os.close(ready_write)
-        os.set_blocking(ready, False)
-        seat.workers.append(_Worker(pid, slot, time.monotonic(), ready))
+        try:
+            pid = os.fork()
+            if pid == 0:
+                os.close(receive)
+                self._become_worker(seat, generation.settings, incarnation, send)
+        except OSError as error:
+            log.error("cannot start worker %d: %s", seat.index, error.strerror)
+            os.close(receive)
+            if self._proven.proven:
+                seat.retry_at = time.monotonic() + MAX_BACKOFF
+            else:
+                self._stop(1)
+            return
+        finally:
+            os.close(send)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        seat.starting = _Worker(pid, incarnation, generation, time.monotonic(), receive)
 
-    def _child(self, seat: _Seat, slot: int, ready: int, ready_write: int, supervisor: int) -> None:
+    def _become_worker(self, seat: _Seat, settings: Settings, incarnation: int, ready_fd: int) -> NoReturn:
         status = 1
         try:
-            os.close(ready)
-            # No worker outlives its supervisor, not even a killed one.
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-            if os.getppid() != supervisor:
-                os._exit(1)
+            _die_with_parent(self._pid)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # The terminal sends these to the whole group; what follows from them is the supervisor's to say.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             for other in self._seats:
                 if other is not seat:
                     other.sock.close()
-            self._worker_main(self._settings, seat.sock, slot, self._shared, ready_write)
+                for worker in other.workers():
+                    if worker.ready_fd >= 0:
+                        os.close(worker.ready_fd)
+            logs.enter_worker(seat.index)
+            logs.configure(settings.log_level, settings.log_format)
+            self._shared.enter(incarnation)
+            self._worker_main(settings, seat.sock, seat.index, self._shared, ready_fd)
             status = 0
-        except KeyboardInterrupt:
-            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else 1
         except BaseException:
-            log.exception("worker %d failed", seat.index)
+            if logging.getLogger().hasHandlers():
+                log.exception("worker %d failed", seat.index)
+            else:
+                traceback.print_exc()
         finally:
+            # Not sys.exit: what the supervisor's callers have on the stack is not ours to unwind.
             with contextlib.suppress(Exception):
+                logs.flush()
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)
 
-    def _wait(self) -> None:
-        """Sleep until a signal, a worker that becomes ready, or the next thing to do."""
-        pending = any(worker.ready is not None for seat in self._seats for worker in seat.workers)
-        timeout = 0.02 if pending else 0.2 if self._stopping_since or self._rolling else FLUSH_SECONDS
-        info = signal.sigtimedwait(_SIGNALS, timeout)
-        if info is not None:
-            if info.si_signo in (signal.SIGTERM, signal.SIGINT):
-                self._stop()
-            elif info.si_signo == signal.SIGHUP:
-                self._begin_reload()
-        self._reap()
+    def _advance(self) -> None:
+        """Do what is due: start, replace, kill."""
         now = time.monotonic()
-        if now - self._flushed >= FLUSH_SECONDS:
-            self._flushed = now
-            self._shared.flush()
+        for seat in self._seats:
+            for worker in seat.workers():
+                if worker.kill_at is not None and now >= worker.kill_at:
+                    log.warning("worker %d (process %d) is not done in time: killed", seat.index, worker.pid)
+                    self._kill(worker)
+                    if self._stopping:
+                        self._status = 1
+            starting = seat.starting
+            if starting is not None and starting.kill_at is None and now >= starting.started + START_TIMEOUT:
+                starting.killed_for = f"it was not ready within {START_TIMEOUT:g} s"
+                self._kill(starting)
+        if self._stopping:
+            return
+        for seat in self._seats:
+            if seat.starting is None and seat.serving is None and now >= seat.retry_at:
+                self._start(seat, self._proven if self._proven.proven else self._generation)
+        if self._reload_asked and self._proven.proven:
+            self._reload_asked = False
+            self._begin_reload()
+        if self._reloading:
+            self._replace_next(now)
+
+    def _replace_next(self, now: float) -> None:
+        """Of a reload: start the next new worker when the last is ready."""
+        if any(seat.starting is not None for seat in self._seats):
+            return
+        outdated = [seat for seat in self._seats if seat.serving and seat.serving.generation is not self._generation]
+        if not outdated:
+            if all(seat.serving is not None for seat in self._seats):
+                self._reloading = False
+                log.info("reloaded")
+            return
+        # The drain of an earlier reload may still hold the second place; it is bounded.
+        for seat in outdated:
+            if now >= seat.retry_at and seat.free_incarnation() is not None:
+                self._start(seat, self._generation)
+                return
+
+    # Deaths
 
     def _reap(self) -> None:
-        for seat in self._seats:
-            for worker in list(seat.workers):
-                pid, status = os.waitpid(worker.pid, os.WNOHANG)
-                if pid:
-                    self._died(seat, worker, os.waitstatus_to_exitcode(status))
-
-    def _died(self, seat: _Seat, worker: _Worker, status: int) -> None:
-        seat.workers.remove(worker)
-        if worker.ready is not None:
-            os.close(worker.ready)
-        if worker.stopping:
-            return
-        lived = time.monotonic() - worker.started
-        if not self._announced and worker.ready is not None:
-            print(f"redisgate: worker {seat.index} ended with status {status} before it was ready", file=sys.stderr)
-            self._status = 1
-            self._stop()
-            return
-        seat.failures = 0 if lived > STABLE_SECONDS else seat.failures + 1
-        delay = 0.0 if seat.failures <= 1 else min(0.1 * 2**seat.failures, MAX_RESTART_DELAY)
-        log.error("worker %d ended with status %d; replaced in %g s", seat.index, status, delay)
-        seat.restart_at = time.monotonic() + delay
-
-    def _collect_ready(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            waiting = {}
-            for seat in self._seats:
-                for worker in seat.workers:
-                    if worker.ready is not None:
-                        selector.register(worker.ready, selectors.EVENT_READ)
-                        waiting[worker.ready] = (seat, worker)
-            if not waiting:
+        while True:
+            try:
+                pid, wait_status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
                 return
-            for key, _ in selector.select(0):
-                seat, worker = waiting[key.fd]
-                if os.read(key.fd, 1):
-                    os.close(key.fd)
-                    worker.ready = None
-                    self._became_ready(seat, worker)
-        if not self._announced and all(any(worker.ready is None for worker in seat.workers) for seat in self._seats):
-            self._announce()
+            if pid == 0:
+                return
+            for seat in self._seats:
+                for worker in seat.workers():
+                    if worker.pid == pid:
+                        self._on_death(seat, worker, os.waitstatus_to_exitcode(wait_status))
 
-    def _became_ready(self, seat: _Seat, worker: _Worker) -> None:
-        for other in seat.workers:
-            if other is not worker and not other.stopping:
-                self._end(other)
-        if seat in self._rolling:
-            self._rolling.remove(seat)
-            if not self._rolling:
-                log.info("reloaded")
-
-    def _announce(self) -> None:
-        self._announced = True
-        host, port = self._seats[0].sock.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        count = len(self._seats)
-        log.info("listening on http://%s:%d (%d worker%s)", host, port, count, "" if count == 1 else "s")
-        if self._on_ready is not None:
-            self._on_ready(f"http://{host}:{port}")
-
-    def _keep_alive(self) -> None:
+    def _on_death(self, seat: _Seat, worker: _Worker, code: int) -> None:
+        how = worker.killed_for or (f"exit status {code}" if code >= 0 else signal.Signals(-code).name)
+        if worker.ready_fd >= 0:
+            # It may have written its byte and died before we read it.
+            os.close(worker.ready_fd)
+            worker.ready_fd = -1
+        if worker is seat.draining:
+            seat.draining = None
+            if code != 0 and not self._stopping:
+                log.warning("worker %d (process %d) did not drain: %s", seat.index, worker.pid, how)
+            return
+        was_starting = worker is seat.starting
+        if was_starting:
+            seat.starting = None
+        else:
+            seat.serving = None
+        if self._stopping:
+            if code != 0 and not was_starting:
+                log.warning("worker %d (process %d) did not drain: %s", seat.index, worker.pid, how)
+                self._status = 1
+            return
+        if was_starting and not worker.generation.proven:
+            if not self._proven.proven:
+                _complain(f"worker {seat.index} stopped before it was ready: {how}")
+                self._stop(1)
+                return
+            if worker.generation is self._generation:
+                log.error(
+                    "reload failed: worker %d stopped before it was ready: %s; kept the old settings", seat.index, how
+                )
+                self._generation = self._proven
+                self._reloading = any(
+                    other.serving and other.serving.generation is not self._proven for other in self._seats
+                )
+            return
         now = time.monotonic()
-        if self._stopping_since is not None:
-            if now - self._stopping_since > self._settings.limits.drain_timeout + KILL_GRACE:
-                self._signal_all(signal.SIGKILL)
-            return
-        for seat in self._seats:
-            if seat.restart_at is not None and now >= seat.restart_at:
-                self._start(seat)
-            for worker in seat.workers:
-                if worker.ready is not None and now - worker.started > START_TIMEOUT:
-                    log.error("worker %d was not ready within %g s", seat.index, START_TIMEOUT)
-                    os.kill(worker.pid, signal.SIGKILL)
-        if self._rolling and not any(worker.ready is not None for seat in self._seats for worker in seat.workers):
-            seat = self._rolling[0]
-            if seat.restart_at is None:
-                self._start(seat)
+        lived = now - worker.started
+        seat.failures = seat.failures + 1 if lived < SHORT_LIFE else 0
+        delay = min(FIRST_BACKOFF * 2 ** (seat.failures - 1), MAX_BACKOFF) if seat.failures else 0.0
+        seat.retry_at = now + delay
+        after = f" after {delay:g} s" if delay else ""
+        log.error("worker %d (process %d) died: %s; replacing it%s", seat.index, worker.pid, how, after)
 
-    # Stop and reload
-
-    def _end(self, worker: _Worker) -> None:
-        worker.stopping = True
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGTERM)
-
-    def _signal_all(self, number: signal.Signals) -> None:
-        for seat in self._seats:
-            for worker in seat.workers:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(worker.pid, number)
-
-    def _stop(self) -> None:
-        if self._stopping_since is not None:
-            # Asked twice: somebody is in a hurry.
-            self._signal_all(signal.SIGKILL)
-            return
-        self._stopping_since = time.monotonic()
-        self._rolling = []
-        for seat in self._seats:
-            # Nobody accepts any more: a client is refused, and tries elsewhere, rather than wait in a queue for nothing.
-            seat.sock.close()
-            for worker in seat.workers:
-                self._end(worker)
+    # Reload
 
     def _begin_reload(self) -> None:
-        if self._reload is None or self._stopping_since is not None:
-            log.warning("reload is not available here")
-            return
+        assert self._reload is not None
+        was = self._configured
         try:
             settings = ensure_secret_key(self._reload())
-        except ConfigError as error:
-            log.error("not reloaded: %s", error)
+            if _has_daily_limits(settings) and self._shared.path is None:
+                raise StartError("the first token with a daily limit needs a restart")
+            self._shared.extend(_limited(settings))
+        except Exception as error:
+            # Whatever went wrong, the gateway that runs must not be stopped by it.
+            why = " ".join(str(error).split()) or type(error).__name__
+            log.error("reload failed: %s; kept the old settings", why)
             return
-        old = self._settings
-        if (settings.host, settings.port, settings.workers) != (old.host, old.port, old.workers):
-            log.warning("host, port and workers change with a restart only")
-        if not self._shared.knows(_limited(settings)):
-            log.warning("tokens with new limits: their counts begin with a restart; not reloaded")
-            return
-        self._settings = settings
-        self._rolling = list(self._seats)
+        kept = [
+            name for name in ("host", "port", "workers", "state_dir") if getattr(settings, name) != getattr(was, name)
+        ]
+        if kept:
+            log.warning("a reload does not change %s: restart for that", ", ".join(kept))
+        current = self._generation.settings
+        logs.configure(settings.log_level, settings.log_format)
+        self._generation = _Generation(
+            dataclasses.replace(
+                settings, host=was.host, port=current.port, workers=was.workers, state_dir=was.state_dir
+            )
+        )
+        self._reloading = True
         log.info("reloading")
 
+    # Stopping
 
-def _limited(settings: Settings) -> list[bytes]:
-    from redisgate.access import token_digest
+    def _drain(self, worker: _Worker) -> None:
+        timeout = worker.generation.settings.limits.drain_timeout
+        worker.kill_at = time.monotonic() + timeout + DRAIN_GRACE
+        _send(worker, signal.SIGTERM)
 
-    return [token_digest(token.token) for token in settings.tokens if token.rate is not None or token.daily is not None]
+    def _kill(self, worker: _Worker) -> None:
+        worker.kill_at = None
+        _send(worker, signal.SIGKILL)
+
+    def _stop(self, status: int) -> None:
+        """Drain everything and end with `status`."""
+        self._status = status
+        self._stopping = True
+        for seat in self._seats:
+            # New connections are refused from here on; a socket that only listens would let them wait for nobody.
+            seat.sock.close()
+            for worker in seat.workers():
+                if worker is not seat.draining:
+                    self._drain(worker)
+
+    def _kill_all(self) -> None:
+        for seat in self._seats:
+            for worker in seat.workers():
+                self._kill(worker)
+
+
+def _send(worker: _Worker, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker.pid, number)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """The wake-up descriptor carries the signal; a handler must be there all the same."""
+
+
+def _die_with_parent(parent: int) -> None:
+    """No worker outlives its supervisor, not even one that was killed: it would hold the port and the counters."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
