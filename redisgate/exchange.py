@@ -25,7 +25,11 @@ log = logging.getLogger(__name__)
 class Exchange(Waiter):
     """A single command, or a request that is none."""
 
+    endless = False
+    """The answer goes on until the client leaves."""
+
     __slots__ = (
+        "_close",
         "_connection",
         "_head",
         "_method",
@@ -40,6 +44,7 @@ class Exchange(Waiter):
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes) -> None:
         self.count = 1
         self._connection: HttpConnection | None = connection  # None: answered, or the client has gone
+        self._close = connection.closing  # the last answer on its connection
         self._head = head
         self._method = method
         self.rendering: Rendering = head.rendering
@@ -64,7 +69,7 @@ class Exchange(Waiter):
             b"%b%b%bContent-Length: %d\r\n\r\n%b"
             % (
                 connection.server.heads.start(status, content_type),
-                head.extra if head.keep_alive else head.extra + b"Connection: close\r\n",
+                head.extra + b"Connection: close\r\n" if self._close else head.extra,
                 headers,
                 len(body),
                 b"" if self._method == b"HEAD" else body,
@@ -190,7 +195,7 @@ class Exchange(Waiter):
         assert connection is not None
         if self._head.version == b"HTTP/1.1":
             framing = b"Transfer-Encoding: chunked\r\n"
-            if not self._head.keep_alive:
+            if self._close:
                 framing += b"Connection: close\r\n"
         else:
             framing = b"Connection: close\r\n"  # HTTP/1.0: the end of the connection is the end of the body

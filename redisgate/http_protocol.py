@@ -37,6 +37,8 @@ MAX_UNPARSED_BYTES = 64 * 1024
 """What is read ahead of the requests under way before reading pauses."""
 MIN_BODY_BYTES_PER_SECOND = 16 * 1024
 """A body has `body_timeout` seconds, and as many more as this rate gives what has come."""
+DRAIN_GRACE_SECONDS = 0.5
+"""How long idle connections stay open when draining, for the request that may be on its way; answered, and closed."""
 LINGER_SECONDS = 2.0
 """How long the rest of a refused request is read and thrown away, so that the refusal is not lost to a reset."""
 WRITE_BUFFER_BYTES = 256 * 1024
@@ -93,7 +95,7 @@ class HttpServer:
         self.draining = False
         self.now = time.monotonic()  # of the last sweep; good enough for time-outs
         self._timer: asyncio.TimerHandle | None = None
-        self._drained: asyncio.Event | None = None
+        self._no_connections: asyncio.Event | None = None
 
     def protocol(self) -> "HttpConnection":
         """For `loop.create_server`."""
@@ -106,8 +108,16 @@ class HttpServer:
     def closed(self, connection: "HttpConnection") -> None:
         """`connection` is gone."""
         self.connections.discard(connection)
-        if self._drained is not None and not self.connections:
-            self._drained.set()
+        if self._no_connections is not None and not self.connections:
+            self._no_connections.set()
+
+    async def _drained(self, seconds: float) -> bool:
+        self._no_connections = asyncio.Event()
+        if not self.connections:
+            return True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._no_connections.wait(), seconds)
+        return not self.connections
 
     def _sweep(self) -> None:
         self.now = now = time.monotonic()
@@ -117,14 +127,15 @@ class HttpServer:
         self.start()
 
     async def drain(self, seconds: float) -> int:
-        """Close idle connections, let the others finish; returns how many were cut off after `seconds`."""
+        """Answer what is under way or on its way, then close; returns how many were cut off after `seconds`."""
         self.draining = True
         for connection in list(self.connections):
             connection.drain()
-        with contextlib.suppress(TimeoutError):
-            if self.connections:
-                self._drained = asyncio.Event()
-                await asyncio.wait_for(self._drained.wait(), seconds)
+        # A request may be on its way on a connection that looks idle, or was accepted a moment ago.
+        if not await self._drained(min(DRAIN_GRACE_SECONDS, seconds)):
+            for connection in list(self.connections):
+                connection.close_if_idle()
+            await self._drained(seconds - DRAIN_GRACE_SECONDS)
         left = len(self.connections)
         for connection in list(self.connections):
             connection.abort()
@@ -185,7 +196,7 @@ class HttpConnection(asyncio.Protocol):
         transport = cast(asyncio.Transport, transport)  # uvloop's are not its subclasses
         self.transport = transport
         server = self.server
-        if server.draining or len(server.connections) >= server.limits.max_connections:
+        if len(server.connections) >= server.limits.max_connections:
             transport.abort()
             return
         server.connections.add(self)
@@ -206,7 +217,7 @@ class HttpConnection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         # A client may close its sending side and still wait for its answers.
-        if self.exchanges:
+        if self.exchanges and not self.exchanges[-1].endless:
             self.closing = True
             return True
         return False
@@ -391,7 +402,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _dispatch(self, method: bytes, target: bytes, head: Head, body: bytes) -> None:
         self.deadline = float("inf")
-        if not head.keep_alive:
+        if not head.keep_alive or self.server.draining:
             self.closing = True
         self.server.gateway.handle(self, method, target, head, body)
 
@@ -484,13 +495,16 @@ class HttpConnection(asyncio.Protocol):
             self.refuse(HttpError(408, "the request did not arrive in time"))
 
     def drain(self) -> None:
-        """Take no further request; close when those under way are answered."""
+        """The next request is the last; streams end now."""
+        for exchange in list(self.exchanges):
+            exchange.drain()
+
+    def close_if_idle(self) -> None:
+        """Close unless a request has at least begun."""
         if not self.exchanges and self._line is None and not self._tail:
             self.closing = True
             if self.transport is not None:
                 self.transport.close()
-        for exchange in self.exchanges:
-            exchange.drain()
 
     def reset(self) -> None:
         """Close at once by RST, which no reader takes for the end of a body."""

@@ -32,6 +32,8 @@ def render_event(text: bytes) -> bytes:
 class StreamExchange(Exchange):
     """A request whose answer goes on until either side has had enough."""
 
+    endless = True
+
     __slots__ = ("_ended", "_limit")
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes, limit: int) -> None:
@@ -71,7 +73,7 @@ class StreamExchange(Exchange):
         connection = self._connection
         assert connection is not None
         chunked = self._head.version == b"HTTP/1.1"
-        if not chunked or not self._head.keep_alive:
+        if not chunked:
             connection.closing = True
         return b"%b%b%b%b\r\n" % (
             connection.server.heads.start(200, b"text/event-stream"),

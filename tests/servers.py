@@ -146,7 +146,11 @@ class Gateway:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        wait_for(self._ready, what="the gateway")
+        try:
+            wait_for(self._ready, what="the gateway")
+        except AssertionError:
+            self.kill()
+            raise
 
     def _ready(self) -> bool:
         if self.process.poll() is not None:
@@ -165,15 +169,20 @@ class Gateway:
         self.process.send_signal(signal.SIGTERM)
         try:
             status = self.process.wait(STOP_SECONDS)
+            log = self.log()
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
             raise AssertionError(f"the gateway did not stop: {self.log()}") from None
-        log = self.log()
-        self._log.close()
-        self._state.cleanup()
+        finally:
+            self.kill()
         assert status == 0, log
         assert "Traceback" not in log, log
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs; and tidy up."""
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+        self._state.cleanup()
 
 
 def single_instance(redis: RedisServer, **environ: str) -> dict[str, str]:
