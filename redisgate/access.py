@@ -49,6 +49,11 @@ class Backend:
         self.subscriptions.close()
         self.monitor.close()
 
+    def abort(self) -> None:
+        """Close every connection now."""
+        self.close()
+        self.pool.abort()
+
 
 class Instance:
     """A Redis that tokens can name."""
@@ -89,10 +94,10 @@ class Instance:
         while self._users:
             self._users.popitem()[1].close()
 
-    def close(self) -> None:
-        """Admit nothing new; connections close after their last reply."""
-        self.backend.close()
-        self.renew_users()
+    def abort(self) -> None:
+        """Close every connection now."""
+        for backend in (self.backend, *self._users.values()):
+            backend.abort()
 
 
 class Limiter(Protocol):
@@ -184,10 +189,10 @@ class AccessTable:
         for instance in self.instances.values():
             instance.renew_users()
 
-    def close(self) -> None:
-        """Close the connections to every instance after their last reply."""
+    def abort(self) -> None:
+        """Close the connections to every instance now."""
         for instance in self.instances.values():
-            instance.close()
+            instance.abort()
 
 
 def token_digest(token: str) -> bytes:

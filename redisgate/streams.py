@@ -107,7 +107,9 @@ class StreamExchange(Exchange):
         if self._started:
             self._cut_off(str(error))
         else:
-            self._connection.server.streams.discard(self)
+            connection = self._connection
+            connection.server.streams.discard(self)
+            connection.release()  # an error is an ordinary answer; requests may follow it
             if isinstance(error, Unavailable) and str(error).startswith("NOPERM"):
                 self.error(400, str(error).encode())
             else:

@@ -86,7 +86,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     if left:
         log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
     heartbeat.stop()
-    access.close()
+    access.abort()
+    await asyncio.sleep(0)  # transports close in the next turn of the loop
 
 
 def run(settings: Settings, sock: socket.socket, index: int, shared: SharedState, ready_fd: int) -> None:
