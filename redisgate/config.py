@@ -11,6 +11,7 @@ import datetime
 import os
 import re
 import secrets
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ class TokenConfig:
     token: str = field(repr=False)
     instance: str
     name: str
-    scope: Scope = Scope()
+    scope: Scope = field(default_factory=Scope)
     expires: float | None = None
     """Unix seconds."""
     rate: int | None = None
@@ -115,7 +116,7 @@ def size(value: Any) -> int:
     match = _SIZE.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
     if match is None or int(match[1]) == 0:
         raise ValueError('expected a size above zero such as 10485760 or "10MiB"')
-    return int(match[1]) * 1024 ** " KMG".index(match[2].upper() or " ")
+    return int(match[1]) << 10 * " KMG".index(match[2].upper() or " ")
 
 
 def duration(value: Any) -> float:
@@ -215,6 +216,7 @@ SETTINGS: tuple[Setting, ...] = (
     _limit("heartbeat_interval", duration, "between comment lines on a quiet stream"),
 )
 
+_OTHER_VARIABLES = {"REDISGATE_CONFIG", "REDISGATE_REDIS_URL", "REDISGATE_TOKEN", "REDISGATE_READONLY_TOKEN"}
 _POOL = InstanceConfig("", Address())
 INSTANCE_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "id": (text, "name in /redis/<id>/…; required"),
@@ -304,6 +306,13 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
             if flags.get("host") is None and "REDISGATE_HOST" not in environ and "host" not in document:
                 general["host"] = found.host
     _check_unique(instances, tokens)
+    known_variables = {setting.variable for setting in SETTINGS} | _OTHER_VARIABLES
+    known_variables |= {
+        table[key] for table in [*instance_tables, *token_tables] for key in table if key.endswith("_env")
+    }
+    for name in environ:
+        if name.startswith("REDISGATE_") and name not in known_variables:
+            print(f"redisgate: warning: the variable {name} is no setting; see docs/configuration.md", file=sys.stderr)
     state_dir = Path(general.pop("state_dir") or default_state_dir(environ))
     secret = general.pop("secret_key")
     if secret is not None and len(secret) < 16:
@@ -391,9 +400,9 @@ def _table(table: Any, keys: Mapping[str, tuple[Callable[[Any], Any], str]], whe
 
 
 def _secret(values: dict[str, Any], key: str, where: str, environ: Mapping[str, str], cwd: Path | None) -> str | None:
-    value = values.pop(key, None)
-    variable = values.pop(f"{key}_env", None)
-    path = values.pop(f"{key}_file", None)
+    value: str | None = values.pop(key, None)
+    variable: str | None = values.pop(f"{key}_env", None)
+    path: str | None = values.pop(f"{key}_file", None)
     if variable is not None:
         value = environ.get(variable)
         if value is None:
@@ -522,20 +531,22 @@ def reference_page() -> str:
         "",
         "<!-- Made by `python -m redisgate.config`; change redisgate/config.py instead. -->",
         "",
-        "Every setting has a flag of `redisgate serve`, a variable, and a line in the file that `--config` names (TOML);",
-        "the first of these that is given counts. Sizes are bytes or `10MiB`; times are seconds, `500ms` or `2m`.",
+        "Every setting has a flag of `redisgate serve`, a variable, and a line in the file that `--config` names",
+        "(TOML); the first of these that is given counts. Sizes are bytes or `10MiB`; times are seconds, `500ms`",
+        "or `2m`. A complete file: [redisgate.example.toml](redisgate.example.toml).",
         "",
         "| setting | flag | variable | default | meaning |",
         "| --- | --- | --- | --- | --- |",
     ]
     for setting in SETTINGS:
         default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
-        shown = "–" if default in (None, "") else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+        shown = "" if default in (None, "") else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
         name = f"limits.{setting.name}" if setting.limit else setting.name
         lines.append(f"| `{name}` | `{setting.flag}` | `{setting.variable}` | {shown} | {setting.help} |")
     lines += [
         "",
-        "One instance needs no file: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted, `REDISGATE_READONLY_TOKEN`.",
+        "One instance needs no file: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted,",
+        "`REDISGATE_READONLY_TOKEN`. The variables and the `tokens.json` of serverless-redis-http are understood too.",
         "",
         "## `[[instances]]`",
         "",
