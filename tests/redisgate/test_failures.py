@@ -139,7 +139,9 @@ def test_a_server_that_breaks_the_protocol_costs_its_own_clients_and_nobody_else
 
 
 def test_two_replies_for_one_command_never_reach_the_next_client(hostile: HostileRedis, pair: Gateway) -> None:
-    hostile.answer = lambda command: b"$6\r\nstolen\r\n" if command.startswith(b"GET next") else b"+OK\r\n$6\r\nstolen\r\n"
+    hostile.answer = lambda command: (
+        b"$6\r\nstolen\r\n" if command.startswith(b"GET next") else b"+OK\r\n$6\r\nstolen\r\n"
+    )
     with Client(pair.port, "bad-token") as client:
         for _ in range(20):
             assert client.get("/get/first").body in (
@@ -319,7 +321,8 @@ def test_a_reader_that_stalls_does_not_hold_up_its_neighbours(gateway: Gateway) 
 
 def test_a_slow_listener_is_cut_off_with_an_error_event(redis_server: RedisServer) -> None:
     gateway = Gateway(
-        single_instance(redis_server), ["--workers", "1", "--max-client-buffer-bytes", "200000", "--write-timeout", "20"]
+        single_instance(redis_server),
+        ["--workers", "1", "--max-client-buffer-bytes", "200000", "--write-timeout", "20"],
     )
     try:
         with Client(gateway.port) as client, Client(gateway.port) as listener:
@@ -390,7 +393,8 @@ def test_concurrent_transactions_never_mix(gateway: Gateway) -> None:
                 for turn in range(40):
                     value = f"{number}-{turn}"
                     items = client.post(
-                        "/multi-exec", [["SET", "shared", value], ["GET", "shared"], ["APPEND", "shared", "!"], ["GET", "shared"]]
+                        "/multi-exec",
+                        [["SET", "shared", value], ["GET", "shared"], ["APPEND", "shared", "!"], ["GET", "shared"]],
                     ).json()
                     assert [item["result"] for item in items] == ["OK", value, len(value) + 1, value + "!"]
                     assert client.post("/multi-exec", [["SET", "shared", "x"], ["INCR"]]).status == 400
