@@ -73,10 +73,7 @@ class Gateway:
             b"health": self._health,
             b"version": self._version,
         }
-        for (
-            name
-        ) in b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split():
-            self._reserved[name] = self._not_built
+        self._reserved |= dict.fromkeys(_CONTROL_PLANE, self._not_built)
         self._special = frozenset(self._endpoints) | frozenset(self._reserved) | {b"redis", b""}
 
     # Once per header block
@@ -436,7 +433,7 @@ class Gateway:
         work: Coroutine[Any, Any, None],
         then: Callable[[], None],
     ) -> None:
-        """Do `work`, then call `then` when the requests before this one are answered; meanwhile take no further ones."""
+        """Do `work`, then call `then` when the requests before this one are answered; take no others meanwhile."""
         connection.hold(lambda: None, -1)
 
         async def run() -> None:

@@ -70,9 +70,11 @@ class RedisServer:
     def start(self) -> None:
         """Start, or start again, and wait for PONG."""
         self._process = subprocess.Popen(
-            [redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", self.path]
-            + ["--save", "", "--appendonly", "no", "--dir", str(self.directory), "--loglevel", "warning"]
-            + list(self._arguments),
+            [
+                *[redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--unixsocket", self.path],
+                *["--save", "", "--appendonly", "no", "--dir", str(self.directory), "--loglevel", "warning"],
+                *self._arguments,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -138,7 +140,7 @@ class Gateway:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._state = tempfile.TemporaryDirectory(prefix="rgstate")
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.TemporaryFile()
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("REDISGATE_", "SRH_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "redisgate", "serve", "--port", str(self.port), *arguments],

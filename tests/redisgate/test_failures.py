@@ -1,4 +1,7 @@
-"""What happens when Redis, the network or a client misbehaves. A client can always tell whether its write may have run."""
+"""What happens when Redis, the network or a client misbehaves.
+
+A client can always tell whether its write may have run.
+"""
 
 import os
 import signal
@@ -169,6 +172,11 @@ def test_half_a_reply_is_504_and_the_rest_of_it_belongs_to_nobody(hostile: Hosti
         assert client.get("/get/x").result == "ok"
 
 
+def read_to_the_end(client: Client) -> None:
+    while client.read_chunk():
+        pass
+
+
 def test_a_broken_off_stream_is_never_taken_for_whole(hostile: HostileRedis, pair: Gateway) -> None:
     def answer(command: bytes) -> bytes | None:
         return b"$1000000\r\n" + b"x" * 400_000 if b"big" in command else None
@@ -180,8 +188,7 @@ def test_a_broken_off_stream_is_never_taken_for_whole(hostile: HostileRedis, pai
         assert client.read_chunk()
         other.send("GET", "/get/die")  # closes every connection? no: its own; the stall time ends the other
         with pytest.raises((EOFError, ConnectionError, ValueError)):
-            while client.read_chunk():
-                pass
+            read_to_the_end(client)
 
 
 def test_an_unreachable_instance_is_503_with_retry_after_and_the_breaker_is_quick(tmp_path: Path) -> None:
@@ -251,7 +258,7 @@ def test_a_ledger_of_incrs_is_exact_when_redis_is_killed(tmp_path: Path) -> None
             wait_for(lambda: counts[503] > failed, what="a refusal")  # noqa: B023
             server.start()
             with Client(gateway.port) as client:
-                wait_for(lambda: client.get("/ping").status == 200, seconds=1.5, what="use within a second")  # noqa: B023
+                wait_for(lambda: client.get("/ping").status == 200, seconds=1.5, what="use within a second")
         stop.set()
         for thread in threads:
             thread.join(20)

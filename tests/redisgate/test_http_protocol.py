@@ -103,7 +103,8 @@ REQUESTS = {
         (b"POST", b"/set/k", b"abc"),
     ),
     "upgrade": (
-        b"GET /ping HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n\r\n",
+        b"GET /ping HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: x\r\n\r\n",
         (b"GET", b"/ping", b""),
     ),
     "raw utf-8": ("GET /get/é HTTP/1.1\r\nHost: a\r\n\r\n".encode(), (b"GET", "/get/é".encode(), b"")),

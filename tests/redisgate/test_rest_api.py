@@ -367,7 +367,8 @@ def test_a_reply_nested_too_deep_is_an_error_for_its_command_alone(client: Clien
 
 def test_refused_commands_say_why_and_leave_the_connection_alone(client: Client) -> None:
     refused: list[list[Any]] = [
-        ["AUTH", "x"], ["HELLO", 3], ["SELECT", 1], ["QUIT"], ["RESET"], ["CLIENT", "REPLY", "OFF"], ["CLIENT", "KILL", "x"],
+        ["AUTH", "x"], ["HELLO", 3], ["SELECT", 1], ["QUIT"], ["RESET"], ["CLIENT", "REPLY", "OFF"],
+        ["CLIENT", "KILL", "x"],
         ["MULTI"], ["EXEC"], ["DISCARD"], ["WATCH", "k"], ["UNWATCH"], ["MOVE", "k", 1], ["copy", "a", "b", "dB", 1],
         ["SWAPDB", 0, 1], ["SUBSCRIBE", "c"], ["PSUBSCRIBE", "c"], ["UNSUBSCRIBE"], ["MONITOR"], ["BLPOP", "l", 0],
         ["XREAD", "BLOCK", 0, "STREAMS", "s", "$"], ["SHUTDOWN"], ["DEBUG", "SLEEP", 1], ["MODULE", "LIST"],
@@ -698,15 +699,20 @@ def test_pages_that_are_no_commands(gateway: Gateway) -> None:
 
 
 def test_two_hundred_commands_have_the_bytes_of_a_plain_socket(client: Client, redis_server: RedisServer) -> None:
-    script = "return {redis.status_reply('fine'), redis.error_reply('ERR bad'), {false, 1, {}}, 'x', 3.9, redis.status_reply('')}"
+    script = (
+        "return {redis.status_reply('fine'), redis.error_reply('ERR bad'), {false, 1, {}}, 'x', 3.9,"
+        " redis.status_reply('')}"
+    )
     argvs: list[list[str]] = [["EVAL", script, "0"], ["EVAL", "return redis.error_reply('MY own')", "0"]]
     for number in range(14):
         key = f"k{number}"
         argvs += [
-            ["SET", key, "OK" if number % 2 else ""], ["GET", key], ["GET", key + "x"], ["STRLEN", key], ["LPUSH", key, "x"],
+            ["SET", key, "OK" if number % 2 else ""], ["GET", key], ["GET", key + "x"], ["STRLEN", key],
+            ["LPUSH", key, "x"],
             ["RPUSH", f"l{number}", "a", "b", ""], ["LRANGE", f"l{number}", "0", "-1"], ["LPOP", "none", "1"],
             ["HSET", f"h{number}", "f", "v"], ["HGETALL", f"h{number}"], ["ZADD", f"z{number}", "1.5", "m"],
-            ["ZRANGE", f"z{number}", "0", "-1", "WITHSCORES"], ["TYPE", key], ["MGET", key, "none"], ["GEOPOS", "g", "m"],
+            ["ZRANGE", f"z{number}", "0", "-1", "WITHSCORES"], ["TYPE", key], ["MGET", key, "none"],
+            ["GEOPOS", "g", "m"],
         ]  # fmt: skip
     argvs.append(["DEL", "k0"])
     assert len(argvs) > 200
