@@ -8,7 +8,7 @@ from typing import Any
 from redisgate.config import InstanceConfig, Settings, TokenConfig
 from resp.connection import Connection, FutureWaiter, connect
 from resp.encoder import encode_commands
-from resp.errors import ReplyLost, RespError, Unavailable
+from resp.errors import ConnectFailed, ReplyLost, RespError
 from resp.parser import ErrorReply, Parser
 
 MIN_TOKEN_LENGTH = 16
@@ -39,8 +39,8 @@ def run_check(settings: Settings) -> int:
     servers: dict[str, list[str]] = {}
     for instance, result in zip(settings.instances, results, strict=True):
         print(f"instance {instance.id} ({instance.address.display})")
-        if isinstance(result, Unavailable):
-            report.wrong(str(result), _cure(instance, result))
+        if isinstance(result, ConnectFailed):
+            report.wrong(result.detail, _cure(instance, result))
             continue
         _describe(report, instance, result)
         run_id = result["info"].get("run_id")
@@ -57,20 +57,20 @@ def run_check(settings: Settings) -> int:
     return int(report.failed)
 
 
-async def _look_at_all(instances: tuple[InstanceConfig, ...]) -> list[dict[str, Any] | Unavailable]:
+async def _look_at_all(instances: tuple[InstanceConfig, ...]) -> list[dict[str, Any] | ConnectFailed]:
     return await asyncio.gather(*(_look_at(instance) for instance in instances))
 
 
-async def _look_at(instance: InstanceConfig) -> dict[str, Any] | Unavailable:
+async def _look_at(instance: InstanceConfig) -> dict[str, Any] | ConnectFailed:
     try:
         connection = await connect(instance.address, timeout=instance.connect_timeout)
-    except Unavailable as error:
+    except ConnectFailed as error:
         return error
     try:
         async with asyncio.timeout(instance.command_timeout):
             info, policy = await _ask(connection, [b"INFO"], [b"CONFIG", b"GET", b"maxmemory-policy"])
     except (TimeoutError, RespError) as error:
-        return Unavailable(f"it accepts the login but does not answer: {error or 'no reply in time'}")
+        return ConnectFailed(f"it accepts the login but does not answer: {error or 'no reply in time'}")
     finally:
         transactions = connection.transactions
         connection.close(ReplyLost("done"))
@@ -126,9 +126,9 @@ def _look_at_token(report: _Report, token: TokenConfig) -> None:
         report.wrong("it is easy to guess", "`openssl rand -hex 32` makes a good one")
 
 
-def _cure(instance: InstanceConfig, error: Unavailable) -> str:
+def _cure(instance: InstanceConfig, error: ConnectFailed) -> str:
     cause = error.__cause__
-    text = str(error)
+    text = error.detail
     if isinstance(cause, ssl.SSLError):
         return "check tls_ca_file and tls_server_name, and that this port speaks TLS"
     if "AUTH was refused" in text or "NOAUTH" in text or "WRONGPASS" in text:

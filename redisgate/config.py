@@ -2,7 +2,7 @@
 
 The table `SETTINGS` is the only place where a setting is described. The command
 line, the reading of variables and files, and the page docs/configuration.md
-all come from it. Limits are settings of the table `[limits]` in the file.
+(`redisgate.reference`) all come from it. Limits are settings of the table `[limits]` in the file.
 """
 
 import argparse
@@ -101,6 +101,7 @@ class Settings:
 # Kinds of values: from text or TOML to what Settings holds. Each raises ValueError with what it expects.
 
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)(?:i?B?)", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.IGNORECASE)
 
 
@@ -420,6 +421,11 @@ def _instance(table: Any, index: int, file: str, environ: Mapping[str, str]) -> 
     values = _table(table, INSTANCE_KEYS, where)
     if not values.get("id"):
         raise ConfigError(f"{where} has no id")
+    for key in ("id", "slug"):
+        if key in values and _NAME.fullmatch(values[key]) is None:
+            raise ConfigError(
+                f"{where}: {key}: expected 1 to 63 letters, digits, dots, hyphens, underscores; not .-_ first"
+            )
     url = _secret(values, "url", where, environ, None)
     if not url:
         raise ConfigError(f"{where} has no url")
@@ -522,47 +528,3 @@ def _check_unique(instances: Sequence[InstanceConfig], tokens: Sequence[TokenCon
             raise ConfigError(f"two tokens are called {token.name!r}")
         seen[token.token] = token.name
         token_names.add(token.name)
-
-
-def reference_page() -> str:
-    """docs/configuration.md."""
-    lines = [
-        "# Configuration",
-        "",
-        "<!-- Made by `python -m redisgate.config`; change redisgate/config.py instead. -->",
-        "",
-        "Every setting has a flag of `redisgate serve`, a variable, and a line in the file that `--config` names",
-        "(TOML); the first of these that is given counts. Sizes are bytes or `10MiB`; times are seconds, `500ms`",
-        "or `2m`. A complete file: [redisgate.example.toml](redisgate.example.toml).",
-        "",
-        "| setting | flag | variable | default | meaning |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for setting in SETTINGS:
-        default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
-        shown = "" if default in (None, "") else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
-        name = f"limits.{setting.name}" if setting.limit else setting.name
-        lines.append(f"| `{name}` | `{setting.flag}` | `{setting.variable}` | {shown} | {setting.help} |")
-    lines += [
-        "",
-        "One instance needs no file: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted,",
-        "`REDISGATE_READONLY_TOKEN`. The variables and the `tokens.json` of serverless-redis-http are understood too.",
-        "",
-        "## `[[instances]]`",
-        "",
-        "| key | meaning |",
-        "| --- | --- |",
-        *[f"| `{key}` | {meaning} |" for key, (_, meaning) in INSTANCE_KEYS.items()],
-        "",
-        "## `[[tokens]]`",
-        "",
-        "| key | meaning |",
-        "| --- | --- |",
-        *[f"| `{key}` | {meaning} |" for key, (_, meaning) in TOKEN_KEYS.items()],
-        "",
-    ]
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(reference_page(), end="")

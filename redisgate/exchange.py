@@ -64,11 +64,14 @@ class Exchange(Waiter):
             return
         self._connection = None
         head = self._head
+        server = connection.server
+        if server.draining and connection.exchanges[-1] is self:
+            self._close = connection.closing = True
         connection.answered(
             self,
             b"%b%b%bContent-Length: %d\r\n\r\n%b"
             % (
-                connection.server.heads.start(status, content_type),
+                server.heads.start(status, content_type),
                 head.extra + b"Connection: close\r\n" if self._close else head.extra,
                 headers,
                 len(body),

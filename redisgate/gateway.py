@@ -24,7 +24,7 @@ from redisgate.resttoken import RestTokens
 from redisgate.streams import MonitorStream, SubscriptionStream
 from resp.connection import connect
 from resp.encoder import encode_command
-from resp.errors import ReplyLost, RespError, Unavailable
+from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 
 MAX_PIPELINE_COMMANDS = 1_000_000
 """Commands in one /pipeline or /multi-exec; the body limit is usually reached first."""
@@ -484,8 +484,8 @@ class Gateway:
             private = await connect(
                 instance.config.address.with_login(user, password), timeout=instance.config.connect_timeout
             )
-        except Unavailable as error:
-            if "WRONGPASS" in str(error) or "AUTH was refused" in str(error):
+        except ConnectFailed as error:
+            if "AUTH was refused" in error.detail:
                 line = b'ERR Wrong password or user "%b" does not exist' % argv[2].replace(b"\r", b"").replace(
                     b"\n", b""
                 )

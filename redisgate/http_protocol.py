@@ -93,6 +93,7 @@ class HttpServer:
         self.connections: set[HttpConnection] = set()
         self.streams: set[StreamExchange] = set()
         self.draining = False
+        self.grace_over = False  # draining, and what has not come by now will not be taken
         self.now = time.monotonic()  # of the last sweep; good enough for time-outs
         self._timer: asyncio.TimerHandle | None = None
         self._no_connections: asyncio.Event | None = None
@@ -133,6 +134,7 @@ class HttpServer:
             connection.drain()
         # A request may be on its way on a connection that looks idle, or was accepted a moment ago.
         if not await self._drained(min(DRAIN_GRACE_SECONDS, seconds)):
+            self.grace_over = True
             for connection in list(self.connections):
                 connection.close_if_idle()
             await self._drained(seconds - DRAIN_GRACE_SECONDS)
@@ -449,7 +451,7 @@ class HttpConnection(asyncio.Protocol):
                 held, self._held = self._held, None
                 held()
         elif not exchanges:
-            if self.closing or self.server.draining:
+            if self.closing or self.server.grace_over:
                 self.closing = True
                 if self._line is None and self.transport is not None and not self._refusing:
                     self.transport.close()

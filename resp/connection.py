@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from resp.address import Address
 from resp.encoder import encode_commands
-from resp.errors import ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
+from resp.errors import ConnectFailed, ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
 from resp.parser import ErrorReply, Parser
 from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner
 
@@ -423,7 +423,7 @@ async def connect(
         timeout: seconds for all of it together.
 
     Raises:
-        Unavailable: with the reason in words. Nothing of a client's was sent.
+        ConnectFailed: with the reason in words. Nothing of a client's was sent.
     """
     loop = asyncio.get_running_loop()
     connection = Connection(loop, on_change)
@@ -433,10 +433,10 @@ async def connect(
             await _shake_hands(connection, address, loop)
     except TimeoutError:
         connection.close(ReplyLost("connect timed out"))
-        raise Unavailable(f"no answer from {address.display} within {timeout:g} s") from None
+        raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
         connection.close(ReplyLost("connect failed"))
-        raise Unavailable(f"cannot use {address.display}: {error}") from error
+        raise ConnectFailed(f"cannot use {address.display}: {error}") from error
     except BaseException:
         connection.close(ReplyLost("connect was given up"))
         raise

@@ -15,6 +15,20 @@ class Unavailable(RespError):
     """The command was never passed to the transport: it has not run."""
 
 
+class ConnectFailed(Unavailable):
+    """There is no connection to send it on. The text is for anybody; `detail`, with the address, for the operator."""
+
+    def __init__(self, detail: str) -> None:
+        if "LOADING" in detail:
+            text = "the instance is loading its data"
+        elif "was refused: " in detail or "NOAUTH" in detail:
+            text = "the instance does not let the gateway in"
+        else:
+            text = "the instance cannot be reached"
+        super().__init__(text)
+        self.detail = detail
+
+
 class ReplyLost(RespError):
     """The command was passed to the transport and its reply was lost: it may have run."""
 

@@ -9,6 +9,7 @@ Nothing here sends a command twice.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 from resp.address import Address
 from resp.connection import Connection, FutureWaiter, State, Waiter, connect
 from resp.encoder import encode_command
-from resp.errors import ReplyLost, RespError, Unavailable
+from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 from resp.parser import Parser
 from resp.scanner import frame_depth
+
+log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
 """How often overdue waiters and idle connections are looked for, while there are any."""
@@ -147,7 +150,9 @@ class Pool:
     async def _connect(self, lane: _Lane) -> None:
         try:
             connection = await connect(self.address, timeout=self._connect_timeout, on_change=self._connection_changed)
-        except Unavailable as error:
+        except ConnectFailed as error:
+            if not self._backoff:
+                log.warning("%s", error.detail)
             self._backoff = min(self._backoff * 2 or FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
             self._retry_at = time.monotonic() + self._backoff
             self._last_error = str(error)
@@ -162,6 +167,8 @@ class Pool:
             self._fail_queue(lane, Unavailable("connecting to the instance was given up"))
             raise
         lane.connecting = None
+        if self._backoff:
+            log.warning("%s is reachable again", self.address)
         self._backoff = 0.0
         self._retry_at = 0.0
         if self.closed:

@@ -15,7 +15,7 @@ import hiredis
 from resp.address import Address
 from resp.connection import login_commands, open_transport
 from resp.encoder import encode_command, encode_commands
-from resp.errors import ReplyLost, RespError, Unavailable
+from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 from resp.parser import ErrorReply, as_value
 
 PING_SECONDS = 15.0
@@ -105,7 +105,7 @@ async def connect_push(address: Address, timeout: float, on_reply: Any, on_lost:
     """Connect and log in; afterwards every reply goes to `on_reply`.
 
     Raises:
-        Unavailable: with the reason; `on_lost` is not called then.
+        ConnectFailed: with the reason; `on_lost` is not called then.
     """
     loop = asyncio.get_running_loop()
     commands = login_commands(address)
@@ -141,10 +141,10 @@ async def connect_push(address: Address, timeout: float, on_reply: Any, on_lost:
                 raise Unavailable(f"{command[0].decode()} was refused: {reply}")
     except TimeoutError:
         connection.close(ReplyLost("timed out"))
-        raise Unavailable(f"no answer from {address.display} within {timeout:g} s") from None
+        raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
         connection.close(ReplyLost("failed"))
-        raise Unavailable(f"cannot use {address.display}: {error}") from error
+        raise ConnectFailed(f"cannot use {address.display}: {error}") from error
     except BaseException:
         connection.close(ReplyLost("given up"))
         raise

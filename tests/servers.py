@@ -84,7 +84,8 @@ class RedisServer:
         assert self._process is not None
         if self._process.poll() is not None:
             assert self._process.stdout is not None
-            raise AssertionError(f"redis-server ended: {self._process.stdout.read().decode()}")
+            with self._process.stdout as output:
+                raise AssertionError(f"redis-server ended: {output.read().decode()}")
         with contextlib.suppress(OSError):
             return self.raw(b"PING\r\n", 1).startswith((b"+PONG", b"-NOAUTH"))
         return False

@@ -218,7 +218,7 @@ def test_wrong_credentials_for_redis_are_said_without_showing_them() -> None:
         with Client(gateway.port) as client:
             response = client.get("/get/x")
             assert response.status == 503
-            assert "AUTH was refused" in response.error
+            assert response.error == "ERR the instance does not let the gateway in"
             assert "wrong-password" not in response.error
         assert "wrong-password" not in gateway.log()
     finally:
@@ -425,3 +425,48 @@ def test_a_killed_worker_is_replaced(redis_server: RedisServer) -> None:
             assert client.get("/ping").result == "PONG"
     finally:
         gateway.stop()
+
+
+def test_reloads_under_load_lose_no_request(redis_server: RedisServer) -> None:
+    """Clients that keep their connections, and reopen them when a response says `Connection: close`, notice nothing."""
+    gateway = Gateway(single_instance(redis_server), ["--workers", "2"])
+    stop = threading.Event()
+    done: list[int] = []
+    problems: list[str] = []
+
+    def hammer() -> None:
+        count = 0
+        client = Client(gateway.port)
+        try:
+            while not stop.is_set():
+                response = client.get("/incr/reloads")
+                count += 1
+                if response.status != 200:
+                    problems.append(repr(response))
+                if response.headers.get("connection") == "close":
+                    client.close()
+                    client = Client(gateway.port)
+        except Exception as error:
+            problems.append(repr(error))
+        finally:
+            client.close()
+            done.append(count)
+
+    threads = [threading.Thread(target=hammer) for _ in range(8)]
+    try:
+        for thread in threads:
+            thread.start()
+        for reload in range(1, 4):
+            gateway.process.send_signal(signal.SIGHUP)
+            # Each reload replaces both workers, after the two that were started first.
+            wait_for(lambda: gateway.log().count(" serves") == 2 + 2 * reload, what="new workers")  # noqa: B023
+            wait_for(lambda: gateway.log().count(" drains") == 2 * reload, what="old workers")  # noqa: B023
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        gateway.stop()
+    assert problems == []
+    assert sum(done) > 100
+    answered = redis_server.raw(b"GET reloads\r\n", 4).split(b"\r\n")[1]
+    assert int(answered) == sum(done)
