@@ -1,0 +1,195 @@
+"""Flags, variables and file; and that what is wrong is said in one clear line."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from redisgate.config import SETTINGS, ConfigError, Limits, Settings, ensure_secret_key, load
+from redisgate.policy import Scope
+from redisgate.reference import BOUNDS, reference_page
+from resp.address import Address
+
+ROOT = Path(__file__).parents[2]
+ONE = {"REDISGATE_REDIS_URL": "redis://h:1/2", "REDISGATE_TOKEN": "the-token"}
+HEAD = '[[instances]]\nid = "a"\nurl = "redis://h"\n'
+
+
+def configure(tmp_path: Path, toml: str = "", environ: dict[str, str] | None = None, **flags: Any) -> Settings:
+    path = tmp_path / "redisgate.toml"
+    path.write_text(toml)
+    return load({"config": str(path), **flags}, environ or {}, tmp_path)
+
+
+def test_one_instance_by_variables(tmp_path: Path) -> None:
+    settings = load({}, {**ONE, "REDISGATE_READONLY_TOKEN": "reads"}, tmp_path)
+    (instance,) = settings.instances
+    assert (instance.id, instance.address) == ("default", Address(host="h", port=1, database=2))
+    assert [(token.token, token.scope.readonly) for token in settings.tokens] == [("the-token", False), ("reads", True)]
+    assert settings.port == 3000
+    assert settings.limits == Limits()
+    assert "the-token" not in repr(settings)
+
+
+OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variable, as a flag
+    "host": ("10.0.0.1", "10.0.0.2", "10.0.0.3"),
+    "base_domain": ("a.example", "b.example", "c.example"),
+    "state_dir": ("one", "two", "three"),
+    "secret_key": ("a" * 20, "b" * 20, "c" * 20),
+    "cors_origins": (["https://a"], "https://b, https://c", "*"),
+    "log_level": ("debug", "warning", "error"),
+    "log_format": ("json", "text", "json"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_flag_before_variable_before_file(setting: Any, tmp_path: Path) -> None:
+    in_file, in_variable, as_flag = OTHER_VALUES.get(setting.name, (11, "12", "13"))
+    line = f"{setting.name} = {in_file!r}\n".replace("'", '"')
+    toml = f"[limits]\n{line}{HEAD}" if setting.limit else line + HEAD
+
+    def value(**given: Any) -> Any:
+        settings = configure(tmp_path, toml, **given)
+        found = getattr(settings.limits if setting.limit else settings, setting.name)
+        return found
+
+    def expected(raw: Any) -> Any:
+        if setting.name == "state_dir":
+            return tmp_path / raw
+        return raw.encode() if setting.name == "secret_key" else setting.parse(raw)
+
+    variable = {setting.variable: in_variable}
+    assert value() == expected(in_file)
+    assert value(environ=variable) == expected(in_variable)
+    assert value(environ=variable, **{setting.name: as_flag}) == expected(as_flag)
+
+
+def test_tokens_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("from-a-file\n")
+    settings = configure(
+        tmp_path,
+        HEAD
+        + """
+[[tokens]]
+name = "browser"
+token_file = "secret"
+readonly = true
+allow = ["GET", "@Hash"]
+deny = ["hgetall"]
+prefixes = ["public:"]
+expires = 2030-01-01T00:00:00Z
+rate = 100
+daily = 100_000
+[[tokens]]
+name = "app"
+token_env = "APP_TOKEN"
+user = "app"
+password_env = "APP_PASSWORD"
+""",
+        {"APP_TOKEN": "from-a-variable", "APP_PASSWORD": "pw"},
+    )
+    browser, app = settings.tokens
+    assert browser.token == "from-a-file"
+    assert browser.instance == "a"
+    assert browser.scope == Scope(
+        readonly=True, allow=frozenset({"get", "@hash"}), deny=frozenset({"hgetall"}), prefixes=(b"public:",)
+    )
+    assert (browser.expires, browser.rate, browser.daily) == (1893456000.0, 100, 100_000)
+    assert (app.token, app.user, app.password, app.scope.own_user) == ("from-a-variable", "app", "pw", True)
+
+
+@pytest.mark.parametrize(
+    ("toml", "expected"),
+    [
+        ("port = 0x", "is not TOML"),
+        ("port = 70000\n" + HEAD, "port: expected a whole number from 0 to 65535"),
+        ("prot = 1\n" + HEAD, "unknown setting prot"),
+        ("limits = 3\n" + HEAD, "limits is not a table"),
+        ("[limits]\nmax_body_bytes = 0\n" + HEAD, "limits.max_body_bytes: expected a size above zero"),
+        ("[limits]\nidle_timeout = true\n" + HEAD, "limits.idle_timeout: expected a time above zero"),
+        ('[[instances]]\nurl = "redis://h"', "instances[0] has no id"),
+        ('[[instances]]\nid = "a"', "instances[0] has no url"),
+        ('[[instances]]\nid = "a/b"\nurl = "redis://h"', "id: expected 1 to 63 letters"),
+        ('[[instances]]\nid = "a"\nurl = "http://h"', "begins with redis://"),
+        ('[[instances]]\nid = "a"\nurl_env = "NOT_THERE"', "the variable NOT_THERE, which is not set"),
+        (HEAD + 'tls_ca_file = "x"', "tls_ settings need a rediss:// URL"),
+        (HEAD + HEAD, "two instances are called 'a'"),
+        (HEAD + '[[tokens]]\ntoken = "t"', "tokens[0] has no name"),
+        (HEAD + '[[tokens]]\nname = "t"', "tokens[0] (t) has no token"),
+        (HEAD + '[[tokens]]\nname = "t"\ntoken = "a b"', "printable ASCII without spaces"),
+        (HEAD + '[[tokens]]\nname = "t"\ntoken = "t"\ninstance = "b"', "there is no instance 'b'"),
+        (HEAD + '[[tokens]]\nname = "t"\ntoken = "t"\nallow = ["@nosuch"]', "@nosuch"),
+        (HEAD + '[[tokens]]\nname = "t"\ntoken = "t"\nexpires = 2030-01-01T00:00:00', "expires needs a time zone"),
+        (HEAD + '[[tokens]]\nname = "t"\ntoken = "t"\npassword = "hidden"', "has a password but no user"),
+        (HEAD + '[[tokens]]\nname = "t"\ntoken = "t"\nrate = 1.5', "rate: expected a whole number"),
+        (
+            HEAD + '[[tokens]]\nname = "t"\ntoken = "hidden"\n[[tokens]]\nname = "u"\ntoken = "hidden"',
+            "the tokens 't' and 'u' are the same",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(toml: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        configure(tmp_path, toml)
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+    assert "hidden" not in message
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"REDISGATE_REDIS_URL": "redis://:password@h"}, "but not REDISGATE_TOKEN"),
+        ({"REDISGATE_TOKEN": "x"}, "but not REDISGATE_REDIS_URL"),
+        ({**ONE, "REDISGATE_REDIS_URL": "redis://:password@h:port"}, "the port is not a number"),
+        ({**ONE, "REDISGATE_PORT": "many"}, "REDISGATE_PORT: expected a whole number"),
+        ({**ONE, "REDISGATE_SECRET_KEY": "password"}, "shorter than 16 characters"),
+        ({"REDISGATE_CONFIG": "not-there.toml"}, "No such file"),
+    ],
+)
+def test_wrong_variables(environ: dict[str, str], expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load({}, environ, tmp_path)
+    assert "password" not in str(caught.value)
+
+
+def test_a_misspelt_variable_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load({}, {**ONE, "REDISGATE_WORKER": "2"}, tmp_path)
+    assert "REDISGATE_WORKER is no setting" in capsys.readouterr().err
+
+
+def test_a_secret_key_is_made_once_and_kept(tmp_path: Path) -> None:
+    settings = load({}, {**ONE, "REDISGATE_STATE_DIR": str(tmp_path / "state")}, tmp_path)
+    first = ensure_secret_key(settings).secret_key
+    assert len(first) >= 32
+    assert ensure_secret_key(settings).secret_key == first
+    assert (tmp_path / "state" / "secret.key").stat().st_mode & 0o077 == 0
+    assert first.decode() not in repr(ensure_secret_key(settings))
+
+
+def test_an_unwritable_state_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    settings = dataclasses.replace(load({}, ONE, tmp_path), state_dir=tmp_path / "file" / "state")
+    with pytest.raises(ConfigError, match="REDISGATE_SECRET_KEY"):
+        ensure_secret_key(settings)
+
+
+def test_the_reference_page_is_current() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference_page(), (
+        "run `python -m redisgate.reference > docs/configuration.md`"
+    )
+    assert len({bound[:2] for bound in BOUNDS}) == len(BOUNDS)
+
+
+def test_the_example_file_is_right(tmp_path: Path) -> None:
+    environ = {
+        "SESSIONS_REDIS_URL": "rediss://user:password@host:6380/0",
+        "CACHE_TOKEN": "1",
+        "CACHE_BROWSER_TOKEN": "2",
+        "SESSIONS_TOKEN": "3",
+    }
+    settings = load({"config": str(ROOT / "docs" / "redisgate.example.toml")}, environ, tmp_path)
+    assert [instance.id for instance in settings.instances] == ["cache", "sessions"]
+    assert [token.name for token in settings.tokens] == ["cache-app", "cache-browser", "sessions-app"]
