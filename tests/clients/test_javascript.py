@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import Gateway
+from tests.servers import Gateway, needs_redis_7
 
 HERE = Path(__file__).parent / "js"
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", ["redis", "ratelimit"])
+@pytest.mark.parametrize("name", [pytest.param("redis", marks=needs_redis_7), "ratelimit"])
 def test_javascript_client(gateway: Gateway, name: str) -> None:
     node = shutil.which("node")
     assert node, "Node.js is missing; `make test` installs it"

@@ -12,7 +12,7 @@ from upstash_redis import AsyncRedis, Redis
 from upstash_redis.commands import JsonCommands
 from upstash_redis.errors import UpstashError
 
-from tests.servers import Gateway
+from tests.servers import Gateway, needs_redis_7
 
 NEEDS_7_4 = "expiry of hash fields needs Redis 7.4"
 NEEDS_8 = "needs Redis 8"
@@ -269,12 +269,14 @@ def redis(gateway: Gateway) -> Iterator[Redis]:
         yield redis
 
 
+@needs_redis_7
 def test_every_method_of_the_client(redis: Redis) -> None:
     for method, args, kwargs, expected in STEPS:
         result = getattr(redis, method)(*args, **kwargs)
         assert expected == result, (method, args, kwargs, result)
 
 
+@needs_redis_7
 async def test_every_method_of_the_asynchronous_client(gateway: Gateway) -> None:
     async with AsyncRedis(url=gateway.url, token=gateway.token) as redis:
         await redis.flushall()
@@ -283,6 +285,7 @@ async def test_every_method_of_the_asynchronous_client(gateway: Gateway) -> None
             assert expected == result, (method, args, kwargs, result)
 
 
+@needs_redis_7
 @pytest.mark.parametrize("encoding", ["base64", None])
 @pytest.mark.parametrize("kind", ["pipeline", "multi"])
 def test_every_method_in_one_request(gateway: Gateway, kind: str, encoding: Any) -> None:

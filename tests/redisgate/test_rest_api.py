@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.http import Client
-from tests.servers import Gateway, RedisServer, single_instance, wait_for
+from tests.servers import Gateway, RedisServer, needs_redis_7, single_instance, wait_for
 
 
 @pytest.fixture
@@ -395,6 +395,7 @@ def test_local_answers(client: Client) -> None:
     assert raw.body == b"+OK\r\n$1\r\nx\r\n"
 
 
+@needs_redis_7
 def test_read_only_tokens_read_only(client: Client, reader: Client) -> None:
     client.command("SET", "k", "v")
     assert reader.get("/get/k").result == "v"
@@ -426,6 +427,7 @@ def test_unknown_script_flags_are_removed_and_the_original_sha_works_in_every_wo
             assert client.post("/pipeline", [["EVALSHA", sha, 0], ["PING"]]).json()[0] == {"result": "flagged"}
 
 
+@needs_redis_7
 def test_eval_with_unknown_flags_makes_its_sha_known(client: Client) -> None:
     script = "#!lua flags=allow-key-locking\nreturn ARGV[1]"
     sha = hashlib.sha1(script.encode()).hexdigest()
