@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from redisgate.http_head import Head
+from redisgate.http_response import length_line
 from redisgate.replies import JSON, JsonRendering, Rendering, ReplyStream
 from resp.connection import Connection, Waiter
 from resp.errors import ProtocolError, ReplyTimeout, RespError, Unavailable
@@ -22,37 +23,34 @@ RETRY_AFTER = b"Retry-After: 1\r\n"
 log = logging.getLogger(__name__)
 
 
+class Pieces:
+    """What a response that leaves in pieces needs beside what every exchange has."""
+
+    __slots__ = ("redis", "started", "stream", "waiting")
+
+    def __init__(self) -> None:
+        self.redis: Connection | None = None  # that the pieces come from
+        self.stream: ReplyStream | None = None  # that renders them
+        self.started = False  # the response has begun
+        self.waiting = b""  # what was rendered before its turn
+
+
 class Exchange(Waiter):
     """A single command, or a request that is none."""
 
     endless = False
     """The answer goes on until the client leaves."""
 
-    __slots__ = (
-        "_close",
-        "_connection",
-        "_head",
-        "_method",
-        "_redis",
-        "_started",
-        "_stream",
-        "_waiting_body",
-        "rendering",
-        "waiting_payload",
-    )
+    __slots__ = ("_connection", "_head", "_method", "_pieces", "rendering", "waiting_payload")
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes) -> None:
         self.count = 1
         self._connection: HttpConnection | None = connection  # None: answered, or the client has gone
-        self._close = connection.closing  # the last answer on its connection
         self._head = head
         self._method = method
         self.rendering: Rendering = head.rendering
         self.waiting_payload: bytes | None = None  # a response whose turn has not come
-        self._redis: Connection | None = None  # streams to us
-        self._stream: ReplyStream | None = None
-        self._started = False  # a streamed response has begun
-        self._waiting_body = b""  # of a streamed response whose turn has not come
+        self._pieces: Pieces | None = None  # of a response that leaves in pieces
         connection.exchanges.append(self)
 
     # Answers from here
@@ -63,21 +61,26 @@ class Exchange(Waiter):
         if connection is None:
             return
         self._connection = None
-        head = self._head
         server = connection.server
-        if server.draining and connection.exchanges[-1] is self:
-            self._close = connection.closing = True
-        connection.answered(
-            self,
-            b"%b%b%bContent-Length: %d\r\n\r\n%b"
-            % (
-                server.heads.start(status, content_type),
-                head.extra + b"Connection: close\r\n" if self._close else head.extra,
-                headers,
-                len(body),
-                b"" if self._method == b"HEAD" else body,
-            ),
-        )
+        extra = self._head.extra + headers if headers else self._head.extra
+        if connection.closing or server.draining:
+            extra += self._close_line(connection)
+        length = len(body)
+        if self._method == b"HEAD":
+            body = b""
+        heads = server.heads
+        token = heads.next_token()
+        lines = heads.ok_lines.get(content_type) if status == 200 else None
+        if lines is None:
+            lines = heads.lines(status, content_type)
+        connection.answered(self, b"".join((lines, token, extra, length_line(length), body)))
+
+    def _close_line(self, connection: "HttpConnection") -> bytes:
+        """The header line of the last answer on a connection; nothing for those before it."""
+        if connection.exchanges[-1] is not self:
+            return b""
+        connection.closing = True
+        return b"Connection: close\r\n"
 
     def error(self, status: int, line: bytes, headers: bytes = b"") -> None:
         """Answer with an error line."""
@@ -87,7 +90,7 @@ class Exchange(Waiter):
         """Answer for a mistake of ours: an opaque id for the client, the traceback in the log."""
         reference = secrets.token_hex(6)
         log.error("internal error %s", reference, exc_info=error)
-        if self._started:
+        if self._pieces is not None and self._pieces.started:
             self._break_off()
         else:
             self.error(500, b"ERR internal error, reference %b; it is in the log" % reference.encode())
@@ -120,7 +123,7 @@ class Exchange(Waiter):
     def failed(self, error: RespError) -> None:
         if self._connection is None:
             return
-        if self._started:
+        if self._pieces is not None and self._pieces.started:
             self._break_off()
         elif isinstance(error, Unavailable):
             self.error(503, b"ERR %b" % str(error).encode(), RETRY_AFTER)
@@ -138,44 +141,45 @@ class Exchange(Waiter):
         if self._connection is None:
             connection.abandon(self)
             return
-        self._redis = connection
-        self._stream = self._make_stream()
+        self._pieces = Pieces()
+        self._pieces.redis = connection
+        self._pieces.stream = self._make_stream()
         if self._connection.exchanges[0] is not self:
             connection.pause_reading()  # until the answers before this one have left
 
     def stream_data(self, data: bytes) -> None:
-        if self._connection is None or self._stream is None:
+        if self._connection is None or self._pieces is None or self._pieces.stream is None:
             return
+        stream = self._pieces.stream
         try:
-            body = self._stream.feed(data)
+            body = stream.feed(data)
         except ProtocolError:
             self._break_off()
         except Exception as error:
             self.bug(error)
         else:
-            if self._stream.status:
-                self._send(body)
+            if stream.status:
+                self._send(stream.status, body)
 
     def stream_ended(self) -> None:
-        self._redis = None
-        connection = self._connection
-        if connection is None:
+        connection, pieces = self._connection, self._pieces
+        if connection is None or pieces is None:
             return
-        payload = self._waiting_body
+        pieces.redis = None
+        payload = pieces.waiting
         if self._head.version == b"HTTP/1.1" and self._method != b"HEAD":
             payload += b"0\r\n\r\n"
         self._connection = None
         connection.answered(self, payload)
 
-    def _send(self, body: bytes) -> None:
-        connection = self._connection
+    def _send(self, status: int, body: bytes) -> None:
+        connection, pieces = self._connection, self._pieces
         assert connection is not None
-        assert connection.transport is not None
-        assert self._stream is not None
+        assert pieces is not None
         head = b""
-        if not self._started:
-            self._started = True
-            head = self._stream_head(self._stream.status)
+        if not pieces.started:
+            pieces.started = True
+            head = self._stream_head(connection, status)
         if self._method == b"HEAD" or not body:
             body = b""
         elif self._head.version == b"HTTP/1.1":
@@ -183,23 +187,24 @@ class Exchange(Waiter):
         if connection.exchanges[0] is self:
             connection.transport.write(head + body)
         else:
-            self._waiting_body += head + body
+            pieces.waiting += head + body
 
     def at_front(self) -> None:
         """All answers before this one have left."""
-        if self._waiting_body and self._connection is not None and self._connection.transport is not None:
-            body, self._waiting_body = self._waiting_body, b""
-            self._connection.transport.write(body)
-        if self._redis is not None and not (self._connection and self._connection.write_paused):
-            self._redis.resume_reading()
+        connection, pieces = self._connection, self._pieces
+        if connection is None or pieces is None:
+            return
+        if pieces.waiting:
+            body, pieces.waiting = pieces.waiting, b""
+            connection.transport.write(body)
+        if pieces.redis is not None and not connection.write_paused:
+            pieces.redis.resume_reading()
 
-    def _stream_head(self, status: int) -> bytes:
-        connection = self._connection
-        assert connection is not None
+    def _stream_head(self, connection: "HttpConnection", status: int) -> bytes:
         if self._head.version == b"HTTP/1.1":
             framing = b"Transfer-Encoding: chunked\r\n"
-            if self._close:
-                framing += b"Connection: close\r\n"
+            if connection.closing or connection.server.draining:
+                framing += self._close_line(connection)
         else:
             framing = b"Connection: close\r\n"  # HTTP/1.0: the end of the connection is the end of the body
             connection.closing = True
@@ -211,31 +216,34 @@ class Exchange(Waiter):
 
     def _break_off(self) -> None:
         """End a response that cannot be finished, so that nobody takes it for whole."""
-        connection, redis = self._connection, self._redis
-        self._connection = self._redis = None
-        if redis is not None:
-            redis.abandon(self)
+        connection = self._connection
+        self._abandon()
         if connection is not None:
             connection.reset()
+
+    def _abandon(self) -> None:
+        """Nobody waits any more; what Redis still sends is thrown away."""
+        self._connection = None
+        pieces = self._pieces
+        if pieces is not None and pieces.redis is not None:
+            redis, pieces.redis = pieces.redis, None
+            redis.abandon(self)
 
     # The client
 
     def client_slow(self) -> None:
         """The client does not take what it was sent."""
-        if self._redis is not None:
-            self._redis.pause_reading()
+        if self._pieces is not None and self._pieces.redis is not None:
+            self._pieces.redis.pause_reading()
 
     def client_ready(self) -> None:
         """It does again."""
-        if self._redis is not None:
-            self._redis.resume_reading()
+        if self._pieces is not None and self._pieces.redis is not None:
+            self._pieces.redis.resume_reading()
 
     def client_gone(self) -> None:
-        """The connection is closed; what Redis still answers is thrown away."""
-        self._connection = None
-        redis, self._redis = self._redis, None
-        if redis is not None:
-            redis.abandon(self)
+        """The connection is closed."""
+        self._abandon()
 
     def drain(self) -> None:
         """The worker is stopping; what ends by itself may finish."""

@@ -36,8 +36,12 @@ MAX_LOGIN_FAILURES = 5
 """Failed ACL RESTTOKEN commands per instance within `LOGIN_FAILURE_SECONDS`."""
 LOGIN_FAILURE_SECONDS = 30.0
 
+(QUESTION,) = b"?"  # see `redisgate.requests.PERCENT`
+
 _UNAUTHORIZED = b"WRONGPASS invalid or missing auth token"
 _BODY_METHODS = (b"POST", b"PUT")
+_COMMAND_METHODS = (b"GET", b"POST", b"PUT", b"HEAD")
+_STREAMS = (b"subscribe", b"psubscribe", b"monitor")
 _CORS_MAX_AGE = b"86400"
 _CONTROL_PLANE = b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split()
 
@@ -85,6 +89,7 @@ class Gateway:
             head.rendering = RESP2
         if head.encoding is not None and head.encoding.lower() == b"base64" and head.rendering is JSON:
             head.rendering = BASE64
+        head.problem = self._format_problem(head)
         if head.origin is not None and (self._any_origin or head.origin in self._origins):
             head.extra = (
                 b"Access-Control-Allow-Origin: %b\r\n"
@@ -127,43 +132,37 @@ class Gateway:
 
     def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes) -> None:
         """Dispatch one whole request; it is answered through the exchange that is made for it."""
-        if b"?" in target:
-            path, _, query = target.partition(b"?")
-            appended, query_token = split_query(query)
-        else:
-            path = target
-            appended, query_token = [], None
-        segments = split_path(path)
-        own_space = False  # every path is a command
-        reference = None
-        if self._host_suffix:
-            reference = self._label(head)
-            own_space = reference is not None
-        if method == b"OPTIONS":
-            self._preflight(connection, head)
-            return
-        if method not in (b"GET", b"POST", b"PUT", b"HEAD"):
-            Exchange(connection, head, method).error(405, b"ERR method not allowed", ALLOW)
-            return
-        if not own_space and segments[0] in self._special:
-            if segments[0] == b"redis":
-                own_space = True
-                reference = segments[1].decode("utf-8", "replace") if len(segments) > 1 else ""
-                segments = segments[2:] or [b""]
-            else:
-                reserved = self._reserved.get(segments[0])
-                if reserved is not None:
-                    reserved(connection, method, path, head)
-                    return
-                if segments == [b""] and method not in _BODY_METHODS:
-                    self._welcome(connection, method, head)
-                    return
-        # Who
         if head.revision != self._access.revision:
             self._authorize(head)
         grant: Grant | None = head.grant
-        if query_token is not None and head.authorization is None:
-            grant = self._access.lookup(query_token)
+        appended: Argv | None = None
+        if QUESTION in target:
+            target, _, query = target.partition(b"?")
+            appended, query_token = split_query(query)
+            if query_token is not None and head.authorization is None:
+                grant = self._access.lookup(query_token)
+        argv = split_path(target)
+        if method not in _COMMAND_METHODS:
+            if method == b"OPTIONS":
+                self._preflight(connection, head)
+            else:
+                Exchange(connection, head, method).error(405, b"ERR method not allowed", ALLOW)
+            return
+        # Of which instance, if the address names one; every path is a command there.
+        reference: str | None = self._label(head) if self._host_suffix else None
+        special = argv[0] in self._special
+        if special and reference is None:
+            if argv[0] == b"redis":
+                reference = argv[1].decode("utf-8", "replace") if len(argv) > 1 else ""
+                argv = argv[2:] or [b""]
+                special = argv[0] in self._special
+            elif argv[0] in self._reserved:
+                self._reserved[argv[0]](connection, method, target, head)
+                return
+            elif argv == [b""] and method not in _BODY_METHODS:
+                self._welcome(connection, method, head)
+                return
+        # Who.
         if (
             grant is None
             or (grant.expires is not None and time.time() >= grant.expires)
@@ -171,37 +170,39 @@ class Gateway:
         ):
             Exchange(connection, head, method).error(401, _UNAUTHORIZED)
             return
-        if head.encoding is not None or head.response_format is not None:
-            problem = self._format_problem(head)
-            if problem is not None and segments[0] not in (b"subscribe", b"psubscribe", b"monitor"):
-                exchange = Exchange(connection, head, method)
-                exchange.rendering = JSON
-                exchange.error(400, problem)
+        if head.problem is not None and argv[0] not in _STREAMS:
+            exchange = Exchange(connection, head, method)
+            exchange.rendering = JSON
+            exchange.error(400, head.problem)
+            return
+        # What.
+        if special:
+            if argv[0] in self._endpoints:
+                self._endpoints[argv[0]](connection, method, head, grant, argv, body)
                 return
-        # What
-        endpoint = self._endpoints.get(segments[0])
-        if endpoint is not None:
-            endpoint(connection, method, head, grant, segments, body)
-            return
-        try:
-            if segments == [b""]:
-                if method not in _BODY_METHODS:
-                    raise BadRequest("ERR empty command")
-                if appended:
-                    raise BadRequest("ERR query parameters belong to the path form of a command")
-                argv = parse_command(body)
-                if not argv:
-                    raise BadRequest("ERR empty command")
-            else:
-                argv = segments
-                if body:
-                    argv.append(body)
-                if appended:
-                    argv += appended
-        except BadRequest as error:
-            Exchange(connection, head, method).error(400, str(error).encode())
-            return
+            if argv == [b""]:
+                try:
+                    argv = self._command_of_body(method, appended, body)
+                except BadRequest as error:
+                    Exchange(connection, head, method).error(400, str(error).encode())
+                    return
+                body, appended = b"", None
+        if body:
+            argv.append(body)
+        if appended:
+            argv += appended
         self._command(connection, method, head, grant, argv)
+
+    @staticmethod
+    def _command_of_body(method: bytes, appended: Argv | None, body: bytes) -> Argv:
+        if method not in _BODY_METHODS:
+            raise BadRequest("ERR empty command")
+        if appended:
+            raise BadRequest("ERR query parameters belong to the path form of a command")
+        argv = parse_command(body)
+        if not argv:
+            raise BadRequest("ERR empty command")
+        return argv
 
     def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
         exchange = Exchange(connection, head, method)
@@ -248,18 +249,20 @@ class Gateway:
         pool = backend.pool
         if len(connection.exchanges) > 1 and (slow or connection.route is None or pool.shared is not connection.route):
             # Requests that a client pipelines run in their order, so they go one way or one at a time.
-            connection.hold(lambda: self._submit_now(connection, exchange, payload, backend, slow))
+            connection.hold(lambda: self._submit_alone(connection, exchange, payload, backend, slow))
             return
-        self._submit_now(connection, exchange, payload, backend, slow)
+        try:
+            connection.route = pool.submit(payload, exchange, slow)
+        except Unavailable as error:
+            exchange.failed(error)
 
-    def _submit_now(
+    def _submit_alone(
         self, connection: HttpConnection, exchange: Exchange, payload: bytes, backend: Backend, slow: bool
     ) -> None:
         try:
-            backend.pool.submit(payload, exchange, slow)
+            connection.route = backend.pool.submit(payload, exchange, slow)
         except Unavailable as error:
             exchange.failed(error)
-        connection.route = None if slow else backend.pool.shared
 
     def _over_limit(self, exchange: Exchange, grant: Grant, count: int) -> bool:
         assert grant.limiter is not None

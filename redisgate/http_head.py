@@ -23,7 +23,7 @@ class HttpError(Exception):
 
 
 class Head:
-    """A header block and its meaning."""
+    """A header block, with the empty line that ends it, and its meaning."""
 
     __slots__ = (
         "authorization",
@@ -38,6 +38,7 @@ class Head:
         "keep_alive",
         "origin",
         "preflight",
+        "problem",
         "rendering",
         "response_format",
         "revision",
@@ -62,6 +63,7 @@ class Head:
         self.grant: Any = None
         self.revision = -1  # of the access table that `grant` is from
         self.rendering: Any = None
+        self.problem: bytes | None = None  # an error line: what is wrong with the headers that say how to answer
 
 
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
@@ -81,7 +83,7 @@ class _Fields:
 
 
 def parse_head(block: bytes, version: bytes) -> Head:
-    """Interpret a header block: everything from the CRLF behind the request line to before the empty line.
+    """Interpret a header block: everything from the CRLF behind the request line to the empty line's CRLF.
 
     Raises:
         HttpError: 400 for what is malformed or ambiguous, 417 for an unknown expectation.
@@ -89,7 +91,7 @@ def parse_head(block: bytes, version: bytes) -> Head:
     collector = _Fields()
     parser = httptools.HttpRequestParser(collector)
     try:
-        parser.feed_data(b"POST / HTTP/1.1" + block + b"\r\n\r\n")
+        parser.feed_data(b"POST / HTTP/1.1" + block)
     except httptools.HttpParserUpgrade:
         pass  # RFC 9110 section 7.8: a server may ignore Upgrade
     except httptools.HttpParserError as error:

@@ -10,18 +10,17 @@ next bytes could be anybody's.
 
 import asyncio
 import contextlib
-import email.utils
 import re
 import socket
 import struct
 import time
 from collections import deque
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
 
 from redisgate.config import Limits
 from redisgate.http_head import ChunkedBody, Head, HttpError, parse_head
+from redisgate.http_response import ResponseHeads
 from redisgate.replies import JSON
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from redisgate.gateway import Gateway
     from redisgate.streams import StreamExchange
 
-METHODS = {b"GET", b"POST", b"PUT", b"HEAD", b"OPTIONS"}
 ALLOW = b"Allow: GET, HEAD, POST, PUT\r\n"
 REQUEST_LINE_OVERHEAD = 64
 """Bytes that method, version and spaces may add to a request target."""
@@ -41,46 +39,17 @@ DRAIN_GRACE_SECONDS = 0.5
 """How long idle connections stay open when draining, for the request that may be on its way; answered, and closed."""
 LINGER_SECONDS = 2.0
 """How long the rest of a refused request is read and thrown away, so that the refusal is not lost to a reset."""
+MAX_KNOWN_HEADS = 1024
+"""Header blocks whose meaning a worker remembers; new ones then push out all of them."""
+MAX_KNOWN_HEAD_BYTES = 2048
+"""Larger header blocks are not remembered."""
 WRITE_BUFFER_BYTES = 256 * 1024
 """Answers that a client has not taken, beyond which its next request waits."""
 
+_NEVER = float("inf")
+_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|HEAD) (/[^\x00-\x20\x7f]*) (HTTP/1\.[01])\r\n").match
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _CONTROLS = re.compile(rb"[\x00-\x20\x7f]")
-
-
-class ResponseHeads:
-    """Heads of responses up to the sync token, made once a second for each status and content type."""
-
-    __slots__ = ("_counter", "_date", "_heads", "_token")
-
-    def __init__(self, token: bytes) -> None:
-        """`token` distinguishes this process in sync tokens."""
-        self._token = token
-        self._counter = 0
-        self._heads: dict[bytes, dict[int, bytes]] = {}
-        self.renew()
-
-    def renew(self) -> None:
-        """Take the date of now; call once a second."""
-        self._heads.clear()
-        self._date = email.utils.formatdate(usegmt=True).encode()
-
-    def start(self, status: int, content_type: bytes) -> bytes:
-        """The status line, and the header lines that every response has."""
-        by_status = self._heads.get(content_type)
-        if by_status is None:
-            by_status = self._heads[content_type] = {}
-        head = by_status.get(status)
-        if head is None:
-            head = by_status[status] = b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\nUpstash-Sync-Token: %b" % (
-                status,
-                HTTPStatus(status).phrase.encode(),
-                self._date,
-                content_type,
-                self._token,
-            )
-        self._counter += 1
-        return b"%b%x\r\n" % (head, self._counter)
 
 
 class HttpServer:
@@ -95,12 +64,26 @@ class HttpServer:
         self.draining = False
         self.grace_over = False  # draining, and what has not come by now will not be taken
         self.now = time.monotonic()  # of the last sweep; good enough for time-outs
+        self.idle_deadline = self.now + limits.idle_timeout
+        self._heads: dict[bytes, Head] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._no_connections: asyncio.Event | None = None
 
     def protocol(self) -> "HttpConnection":
         """For `loop.create_server`."""
         return HttpConnection(self)
+
+    def head(self, block: bytes, version: bytes) -> Head:
+        """The meaning of a header block, from memory where it is known. Raises HttpError."""
+        head = self._heads.get(block)
+        if head is None or head.version != version:
+            head = parse_head(block, version)
+            self.gateway.prepare(head)
+            if len(block) <= MAX_KNOWN_HEAD_BYTES:
+                if len(self._heads) >= MAX_KNOWN_HEADS:
+                    self._heads.clear()
+                self._heads[block] = head
+        return head
 
     def start(self) -> None:
         """Begin to look for overdue connections, once a second."""
@@ -122,6 +105,7 @@ class HttpServer:
 
     def _sweep(self) -> None:
         self.now = now = time.monotonic()
+        self.idle_deadline = now + self.limits.idle_timeout
         self.heads.renew()
         for connection in [connection for connection in self.connections if connection.deadline < now]:
             connection.overdue()
@@ -172,9 +156,9 @@ class HttpConnection(asyncio.Protocol):
 
     def __init__(self, server: HttpServer) -> None:
         self.server = server
-        self.transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport  # from connection_made on
         self.exchanges: deque[Exchange] = deque()
-        self.deadline = float("inf")
+        self.deadline = _NEVER
         self.route: object = None  # the Redis connection that the requests under way went to
         # Per request
         self._head: Head | None = None  # of the last request
@@ -203,12 +187,12 @@ class HttpConnection(asyncio.Protocol):
             return
         server.connections.add(self)
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        self.deadline = server.now + server.limits.idle_timeout
+        self.deadline = server.idle_deadline
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.server.closed(self)
         self.closing = True
-        self.deadline = float("inf")
+        self.deadline = _NEVER
         self._tail = b""
         self._body = []
         self._held = None
@@ -244,7 +228,7 @@ class HttpConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.write_paused = False
-        self.deadline = float("inf")
+        self.deadline = _NEVER
         for exchange in self.exchanges:
             exchange.client_ready()
             break
@@ -253,8 +237,9 @@ class HttpConnection(asyncio.Protocol):
     # Framing
 
     def _frame(self, data: bytes) -> None:
-        """Dispatch the requests that are whole in `data`; keep the rest."""
-        limits = self.server.limits
+        """Dispatch the requests that are whole in `data`; keep the rest. Raises HttpError."""
+        server = self.server
+        limits = server.limits
         while data:
             if self._line is not None:
                 rest = self._read_body(data)
@@ -267,81 +252,93 @@ class HttpConnection(asyncio.Protocol):
             if self._held is not None or self.write_paused or len(self.exchanges) >= limits.max_pipelined_requests:
                 self._keep(data)
                 return
-            end = data.find(b"\r\n\r\n")
-            if end < 0 or not end:
-                if data.startswith(b"\r\n"):
-                    data = data[2:]  # RFC 9112 section 2.2: an empty line before the request line
-                    continue
+            match = _REQUEST_LINE(data)
+            if match is not None:
+                method, target, version = match.groups()
+                after_line = match.end() - 2
+            elif data.startswith(b"\r\n"):
+                data = data[2:]  # RFC 9112 section 2.2: an empty line before the request line
+                continue
+            elif b"\r\n\r\n" in data:
+                method, target, version, after_line = self._unusual_line(data)
+            else:
                 self._await_head(data)
                 return
-            line_end = data.find(b"\r\n")
-            if not line_end:
-                data = data[2:]
-                continue
-            method, target, version = self._request_line(data[:line_end])
-            block = data[line_end:end]
+            if len(target) > limits.max_target_bytes:
+                raise HttpError(414, f"request target of more than {limits.max_target_bytes} bytes")
+            # The headers are nearly always the last request's.
+            rest = data[after_line:]
             head = self._head
-            if head is None or head.block != block or head.version != version:
-                if len(block) > limits.max_header_bytes:
-                    raise HttpError(431, f"header block of more than {limits.max_header_bytes} bytes")
-                self._head = None
-                head = parse_head(block, version)
-                self.server.gateway.prepare(head)
-                self._head = head
-            body_start = end + 4
+            if head is not None and rest.startswith(head.block) and head.version == version:
+                end = len(head.block)
+            else:
+                end = rest.find(b"\r\n\r\n") + 4
+                if end < 4:
+                    self._await_head(data)
+                    return
+                head = self._interpret(rest[:end], version)
+            # The body.
             length = head.content_length
             if length or head.chunked:
-                rest = data[body_start:]
-                if method == b"CONNECT":
-                    raise HttpError(405, "CONNECT is not supported", ALLOW)
                 if length > limits.max_body_bytes:
                     raise HttpError(
                         413, f"max request size exceeded. Limit: {limits.max_body_bytes} bytes, Actual: {length} bytes"
                     )
-                if len(rest) >= length and not head.chunked:
-                    body = rest[:length]
-                    data = rest[length:]
-                    self._dispatch(method, target, head, body)
+                if head.chunked or len(rest) - end < length:
+                    self._begin_body(method, target, head)
+                    data = rest[end:]
                     continue
-                self._begin_body(method, target, head)
-                data = rest
-                continue
-            data = data[body_start:]
-            self._dispatch(method, target, head, b"")
+                body = rest[end : end + length]
+                end += length
+            else:
+                body = b""
+            data = rest[end:]
+            self.deadline = _NEVER
+            if not head.keep_alive or server.draining:
+                self.closing = True
+            server.gateway.handle(self, method, target, head, body)
         if not self.exchanges and not self.write_paused:
-            self.deadline = self.server.now + self.server.limits.idle_timeout
+            self.deadline = server.idle_deadline
 
-    def _request_line(self, line: bytes) -> tuple[bytes, bytes, bytes]:
-        """Method, target, version. Raises HttpError."""
+    def _unusual_line(self, data: bytes) -> tuple[bytes, bytes, bytes, int]:
+        """Method, target, version, and where the line ends, of a request line that `_REQUEST_LINE` does not match.
+
+        Raises HttpError if it is malformed or nothing we answer.
+        """
         limits = self.server.limits
-        if len(line) > limits.max_target_bytes + REQUEST_LINE_OVERHEAD:
+        end = data.index(b"\r\n")
+        if end > limits.max_target_bytes + REQUEST_LINE_OVERHEAD:
             raise HttpError(414, f"request target of more than {limits.max_target_bytes} bytes")
-        parts = line.split(b" ")
+        parts = data[:end].split(b" ")
         if len(parts) != 3:
             raise HttpError(400, "malformed request line")
         method, target, version = parts
-        if len(target) > limits.max_target_bytes:
-            raise HttpError(414, f"request target of more than {limits.max_target_bytes} bytes")
-        # isprintable() is the quick test; it is also false for some bytes that are allowed.
-        if not line.decode("latin-1").isprintable() and _CONTROLS.search(method + target + version):
+        if _CONTROLS.search(method + target + version):
             raise HttpError(400, "control characters in the request line")
         if version != b"HTTP/1.1" and version != b"HTTP/1.0":
             raise HttpError(400, "only HTTP/1.1 and HTTP/1.0 are understood")
-        if method not in METHODS:
-            if not method.isalpha():
-                raise HttpError(400, "malformed method")
-            if method == b"CONNECT":
-                raise HttpError(405, "CONNECT is not supported", ALLOW)
-        if target[:1] != b"/":
+        if not method.isalpha():
+            raise HttpError(400, "malformed method")
+        if method == b"CONNECT":
+            raise HttpError(405, "CONNECT is not supported", ALLOW)
+        if not target.startswith(b"/"):
             # RFC 9112 section 3.2.2: the absolute form that proxies are sent; its host counts for Host.
             match = re.match(rb"https?://[^/?#]+", target, re.IGNORECASE)
-            if match is None:
-                if not (method == b"OPTIONS" and target == b"*"):
-                    raise HttpError(400, "malformed request target")
-            else:
+            if match is not None:
                 rest = target[match.end() :]
                 target = rest if rest.startswith(b"/") else b"/" + rest
-        return method, target, version
+            elif method != b"OPTIONS" or target != b"*":
+                raise HttpError(400, "malformed request target")
+        return method, target, version, end
+
+    def _interpret(self, block: bytes, version: bytes) -> Head:
+        """The head for a header block that is not the last request's. Raises HttpError."""
+        limits = self.server.limits
+        if len(block) > limits.max_header_bytes:
+            raise HttpError(431, f"header block of more than {limits.max_header_bytes} bytes")
+        self._head = None
+        head = self._head = self.server.head(block, version)
+        return head
 
     def _await_head(self, data: bytes) -> None:
         limits = self.server.limits
@@ -363,7 +360,7 @@ class HttpConnection(asyncio.Protocol):
         self._missing = head.content_length
         self._chunked = ChunkedBody() if head.chunked else None
         self.deadline = self.server.now + self.server.limits.body_timeout
-        if head.expect_continue and self.transport is not None:
+        if head.expect_continue:
             # Answers leave in order, an interim one too.
             if self.exchanges:
                 self.hold(self._continue, 0)
@@ -371,8 +368,7 @@ class HttpConnection(asyncio.Protocol):
                 self._continue()
 
     def _continue(self) -> None:
-        if self.transport is not None:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self, data: bytes) -> bytes | None:
         """Take what belongs to the body; returns what follows it once it is whole."""
@@ -399,18 +395,15 @@ class HttpConnection(asyncio.Protocol):
         self._chunked = None
         if self._held is not None and self._held_behind == 0:
             self._held = None  # the client did not wait for 100 Continue
-        self._dispatch(method, target, self._head, body)
-        return rest
-
-    def _dispatch(self, method: bytes, target: bytes, head: Head, body: bytes) -> None:
-        self.deadline = float("inf")
-        if not head.keep_alive or self.server.draining:
+        self.deadline = _NEVER
+        if not self._head.keep_alive or self.server.draining:
             self.closing = True
-        self.server.gateway.handle(self, method, target, head, body)
+        self.server.gateway.handle(self, method, target, self._head, body)
+        return rest
 
     def _keep(self, data: bytes) -> None:
         self._tail = data
-        if len(data) > MAX_UNPARSED_BYTES and not self._paused and self.transport is not None:
+        if len(data) > MAX_UNPARSED_BYTES and not self._paused:
             self._paused = True
             self.transport.pause_reading()
 
@@ -433,17 +426,18 @@ class HttpConnection(asyncio.Protocol):
         if exchanges[0] is not exchange:
             exchange.waiting_payload = payload
             return
-        transport = self.transport
-        assert transport is not None
         exchanges.popleft()
-        transport.write(payload)
-        while exchanges and exchanges[0].waiting_payload is not None:
-            transport.write(exchanges.popleft().waiting_payload or b"")
-        self._settle()
+        self.transport.write(payload)
+        if exchanges or self._tail or self._held is not None or self.closing or self.write_paused:
+            self._settle()
+        else:
+            self.deadline = self.server.idle_deadline
 
     def _settle(self) -> None:
         """After an answer: close, or go on with what waits."""
         exchanges = self.exchanges
+        while exchanges and exchanges[0].waiting_payload is not None:
+            self.transport.write(exchanges.popleft().waiting_payload or b"")
         if exchanges:
             exchanges[0].at_front()
         if self._held is not None:
@@ -453,17 +447,17 @@ class HttpConnection(asyncio.Protocol):
         elif not exchanges:
             if self.closing or self.server.grace_over:
                 self.closing = True
-                if self._line is None and self.transport is not None and not self._refusing:
+                if self._line is None and not self._refusing:
                     self.transport.close()
                 return
             if not self.write_paused:
-                self.deadline = self.server.now + self.server.limits.idle_timeout
+                self.deadline = self.server.idle_deadline
         if self._tail and self._held is None and not self.write_paused:
             # Not from here: a long run of pipelined requests would nest as deep as it is long.
             asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self._paused and self.transport is not None and not self.transport.is_closing():
+        if self._paused and not self.transport.is_closing():
             self._paused = False
             self.transport.resume_reading()
         self.data_received(b"")
@@ -477,14 +471,14 @@ class HttpConnection(asyncio.Protocol):
         self.closing = True
         self._line = None
         self._tail = b""
-        head = self._head or Head(b"", b"HTTP/1.1")
-        head.keep_alive = False
+        head = Head(b"", b"HTTP/1.1")
+        known = self._head
+        head.rendering, head.extra = (known.rendering, known.extra) if known is not None else (JSON, b"")
         exchange = Exchange(self, head, b"GET")
         self._refusing = True
-        exchange.rendering = head.rendering or JSON
         exchange.error(error.status, b"ERR " + str(error).encode(), error.headers)
         transport = self.transport
-        if transport is not None and not transport.is_closing():
+        if not transport.is_closing():
             if transport.can_write_eof() and not self.exchanges:
                 transport.write_eof()
             self.deadline = self.server.now + LINGER_SECONDS
@@ -505,19 +499,16 @@ class HttpConnection(asyncio.Protocol):
         """Close unless a request has at least begun."""
         if not self.exchanges and self._line is None and not self._tail:
             self.closing = True
-            if self.transport is not None:
-                self.transport.close()
+            self.transport.close()
 
     def reset(self) -> None:
         """Close at once by RST, which no reader takes for the end of a body."""
-        if self.transport is not None:
-            sock = self.transport.get_extra_info("socket")
-            if sock is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.abort()
 
     def abort(self) -> None:
         """Close at once."""
         self.closing = True
-        if self.transport is not None:
-            self.transport.abort()
+        self.transport.abort()

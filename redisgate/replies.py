@@ -12,13 +12,13 @@ through the iterative renderer that streams use.
 import binascii
 import codecs
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from resp.errors import ProtocolError
 from resp.parser import MAX_PARSED_DEPTH, ErrorReply, Parser
-from resp.scanner import COLON, DOLLAR, MINUS, PLUS, STAR, FrameScanner, frame_depth, split_frames
+from resp.scanner import COLON, DOLLAR, LF, MINUS, PLUS, STAR, FrameScanner, frame_depth, split_frames
 
 MAX_REPLY_DEPTH = MAX_PARSED_DEPTH
 """Levels of nesting above which a reply is an error for its command alone, except as RESP2."""
@@ -81,7 +81,7 @@ def quote(value: bytes) -> bytes:
 
 
 def _quote_base64(value: bytes) -> bytes:
-    return b'"%b"' % binascii.b2a_base64(value, newline=False)
+    return b'"' + binascii.b2a_base64(value, newline=False) + b'"'
 
 
 def _integer(digits: bytes) -> bytes:
@@ -96,21 +96,26 @@ def _splice(frames: bytes, count: int, inserts: Mapping[int, bytes]) -> list[byt
 
 
 class JsonRendering:
-    """`{"result": …}`, strings as UTF-8."""
+    """`{"result": …}`, strings as UTF-8; or, with `base64`, as base64, except a top-level `OK` and errors."""
 
     content_type = b"application/json"
-    _common: ClassVar[dict[bytes, bytes]] = {
-        b"+OK\r\n": b'{"result":"OK"}',
-        b"$-1\r\n": b'{"result":null}',
-        b"*-1\r\n": b'{"result":null}',
-        b"*0\r\n": b'{"result":[]}',
-        b"$0\r\n\r\n": b'{"result":""}',
-        **{b":%d\r\n" % number: b'{"result":%d}' % number for number in range(-2, 1000)},
-    }
-    _quote = staticmethod(quote)
-    _encode = staticmethod(_encode)
-    _parse = staticmethod(_parse_text)
-    _base64 = False
+
+    def __init__(self, *, base64: bool = False) -> None:
+        self._base64 = base64
+        # Attributes of the object: calling a static method that was given another name costs three times as much.
+        self._quote = _quote_base64 if base64 else quote
+        self._encode = _encode_base64 if base64 else _encode
+        self._parse = _parse_bytes if base64 else _parse_text
+        self._common = {
+            b"+OK\r\n": b'{"result":"OK"}',
+            b"$-1\r\n": b'{"result":null}',
+            b"*-1\r\n": b'{"result":null}',
+            b"*0\r\n": b'{"result":[]}',
+            b"$0\r\n\r\n": b'{"result":""}',
+            **{b":%d\r\n" % number: b'{"result":%d}' % number for number in range(-2, 1000)},
+        }
+        if base64:
+            self._common[b"$2\r\nOK\r\n"] = b'{"result":"OK"}'
 
     def single(self, frame: bytes, depth: int) -> tuple[int, bytes]:
         if len(frame) <= MAX_COMMON_FRAME_BYTES:
@@ -119,11 +124,11 @@ class JsonRendering:
                 return 200, body
         kind = frame[0]
         if kind == DOLLAR:
-            return 200, b'{"result":%b}' % self._quote(frame[frame.index(b"\n") + 1 : -2])
+            return 200, b'{"result":' + self._quote(frame[frame.index(LF) + 1 : -2]) + b"}"
         if kind == COLON:
-            return 200, b'{"result":%b}' % _integer(frame[1:-2])
+            return 200, b'{"result":' + _integer(frame[1:-2]) + b"}"
         if kind == PLUS:
-            return 200, b'{"result":%b}' % self._quote(frame[1:-2])
+            return 200, b'{"result":' + self._quote(frame[1:-2]) + b"}"
         if kind == MINUS:
             return 400, b'{"error":%b}' % quote(frame[1:-2])
         if depth > MAX_ENCODER_DEPTH:
@@ -136,7 +141,7 @@ class JsonRendering:
         if depth > MAX_ENCODER_DEPTH or inserts:
             items = [self.single(frame, frame_depth(frame))[1] for frame in _splice(frames, count, inserts)]
             return 200, b"[%b]" % b",".join(items)
-        return 200, self._encode([self._item(reply) for reply in self._parse(frames, count)])
+        return 200, self._items(self._parse(frames, count))
 
     def transaction(self, frames: bytes, count: int, depth: int) -> tuple[int, bytes]:
         """HTTP status and body for the replies to MULTI, `count` - 2 commands, EXEC."""
@@ -149,7 +154,7 @@ class JsonRendering:
         if depth > MAX_ENCODER_DEPTH:
             length, items = executed[1:].split(b"\r\n", 1)
             return self.pipeline(items, int(length), depth, {})
-        return 200, self._encode([self._item(reply) for reply in self._parse(executed)[0]])
+        return 200, self._items(self._parse(executed)[0])
 
     def error(self, line: bytes) -> bytes:
         return b'{"error":%b}' % quote(line)
@@ -161,25 +166,13 @@ class JsonRendering:
         """As `stream`, for the replies to MULTI, `count` - 2 commands, EXEC."""
         return JsonStream(count, None, base64=self._base64, transaction=True)
 
-    @staticmethod
-    def _item(reply: Any) -> dict[str, Any]:
-        return {"error": str(reply)} if type(reply) is ErrorReply else {"result": reply}
-
-
-class Base64Rendering(JsonRendering):
-    """As JSON, but every string is base64, except a top-level `OK` and errors."""
-
-    _common: ClassVar[dict[bytes, bytes]] = {**JsonRendering._common, b"$2\r\nOK\r\n": b'{"result":"OK"}'}
-    _quote = staticmethod(_quote_base64)
-    _encode = staticmethod(_encode_base64)
-    _parse = staticmethod(_parse_bytes)
-    _base64 = True
-
-    @staticmethod
-    def _item(reply: Any) -> dict[str, Any]:
-        if type(reply) is ErrorReply:
-            return {"error": str(reply)}
-        return {"result": "OK" if reply == b"OK" else reply}
+    def _items(self, replies: list[Any]) -> bytes:
+        """The body for parsed replies."""
+        if self._base64:
+            replies = ["OK" if reply == b"OK" else reply for reply in replies]
+        return self._encode(
+            [{"error": str(reply)} if type(reply) is ErrorReply else {"result": reply} for reply in replies]
+        )
 
 
 class Resp2Rendering:
@@ -404,5 +397,5 @@ class JsonStream:
 
 
 JSON = JsonRendering()
-BASE64 = Base64Rendering()
+BASE64 = JsonRendering(base64=True)
 RESP2 = Resp2Rendering()

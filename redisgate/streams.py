@@ -8,7 +8,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING
 
-from redisgate.exchange import RETRY_AFTER, Exchange
+from redisgate.exchange import RETRY_AFTER, Exchange, Pieces
 from redisgate.http_head import Head
 from redisgate.replies import JSON
 from resp.errors import RespError, Unavailable
@@ -40,6 +40,7 @@ class StreamExchange(Exchange):
         """`limit`: bytes the client may leave unread."""
         super().__init__(connection, head, method)
         self.rendering = JSON  # of an error before the stream begins; a stream is never encoded
+        self._pieces: Pieces = Pieces()
         self._limit = limit
         self._ended = False
 
@@ -49,11 +50,11 @@ class StreamExchange(Exchange):
         if connection is None or self._ended:
             return
         transport = connection.transport
-        if transport is None or transport.is_closing():
+        if transport.is_closing():
             return
         if connection.exchanges[0] is not self:
-            self._waiting_body += self._framed(event)
-            if len(self._waiting_body) > self._limit:
+            self._pieces.waiting += self._framed(event)
+            if len(self._pieces.waiting) > self._limit:
                 self._cut_off("the reader is too slow")
             return
         transport.write(self._framed(event))
@@ -62,8 +63,8 @@ class StreamExchange(Exchange):
 
     def _framed(self, event: bytes) -> bytes:
         head = b""
-        if not self._started:
-            self._started = True
+        if not self._pieces.started:
+            self._pieces.started = True
             head = self._event_head()
         if self._method == b"HEAD":
             return head
@@ -98,13 +99,13 @@ class StreamExchange(Exchange):
         self._leave()
         self._connection = None
         connection.server.streams.discard(self)
-        connection.answered(self, self._waiting_body + payload)
+        connection.answered(self, self._pieces.waiting + payload)
 
     def lost(self, error: RespError) -> None:
         """See `resp.subscriptions.Subscriber`."""
         if self._connection is None:
             return
-        if self._started:
+        if self._pieces.started:
             self._cut_off(str(error))
         else:
             connection = self._connection
@@ -126,14 +127,14 @@ class StreamExchange(Exchange):
         """The bound of unread bytes decides, not the first full buffer."""
 
     def drain(self) -> None:
-        if self._started:
+        if self._pieces.started:
             self._cut_off("the gateway is restarting; connect again")
         else:
             self.lost(Unavailable("the gateway is restarting"))
 
     def heartbeat(self) -> None:
         """Keep proxies from closing a quiet stream."""
-        if self._started:
+        if self._pieces.started:
             self.emit(_HEARTBEAT)
 
     def _begin(self) -> None:

@@ -13,7 +13,8 @@ import uvloop
 from redisgate.access import AccessTable, Grant, Instance, token_digest
 from redisgate.config import Settings
 from redisgate.gateway import Gateway
-from redisgate.http_protocol import HttpServer, ResponseHeads
+from redisgate.http_protocol import HttpServer
+from redisgate.http_response import ResponseHeads
 from redisgate.limits import TokenLimiter
 from redisgate.resttoken import RestTokens
 from redisgate.scripts import ScriptCache

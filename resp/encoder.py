@@ -5,19 +5,31 @@ https://redis.io/docs/latest/develop/reference/protocol-spec/#sending-commands-t
 
 from collections.abc import Iterable, Sequence
 
+MAX_TABLED = 1024
+"""Arguments shorter than this have their length line ready."""
+
+_FIRST = [b"$%d\r\n" % size for size in range(MAX_TABLED)]
+_NEXT = [b"\r\n$%d\r\n" % size for size in range(MAX_TABLED)]
+
 
 def encode_command(argv: Sequence[bytes]) -> bytes:
     """One command as a RESP2 array of bulk strings; `argv[0]` is its name."""
-    # Two and three arguments are nearly all of the traffic; one format is 2.5 times as fast as the loop.
-    count = len(argv)
-    if count == 2:
-        name, key = argv
-        return b"*2\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(key), key)
-    if count == 3:
-        name, key, value = argv
-        return b"*3\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (len(name), name, len(key), key, len(value), value)
-    parts = [b"*%d\r\n" % count]
-    parts += [b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in argv]
+    # Joining ready-made pieces takes half the time of formatting; two and three arguments are nearly all there are.
+    try:
+        if len(argv) == 2:
+            name, key = argv
+            return b"".join((b"*2\r\n", _FIRST[len(name)], name, _NEXT[len(key)], key, b"\r\n"))
+        if len(argv) == 3:
+            name, key, value = argv
+            return b"".join(
+                (b"*3\r\n", _FIRST[len(name)], name, _NEXT[len(key)], key, _NEXT[len(value)], value, b"\r\n")
+            )
+    except IndexError:
+        pass  # an argument too long for the table
+    parts = [b"*%d\r\n" % len(argv)]
+    for argument in argv:
+        size = len(argument)
+        parts += (_FIRST[size] if size < MAX_TABLED else b"$%d\r\n" % size, argument, b"\r\n")
     return b"".join(parts)
 
 

@@ -82,6 +82,9 @@ class Pool:
         self._draining: set[Connection] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.TimerHandle | None = None
+        # The clock is read by the tick, not by each command: what is sent until the next one has this deadline.
+        self._deadline = 0.0
+        self._used = False
         self._last_used = 0.0
         self._backoff = 0.0
         self._retry_at = 0.0
@@ -90,27 +93,30 @@ class Pool:
 
     # The straight line
 
-    def submit(self, payload: bytes, waiter: Waiter, slow: bool = False) -> None:
+    def submit(self, payload: bytes, waiter: Waiter, slow: bool = False) -> Connection | None:
         """Send `waiter.count` encoded commands; the waiter hears of the outcome, later and once.
+
+        Returns the fast lane's connection if they went there. What is submitted next with the same connection still
+        in `shared` runs after them.
 
         Raises:
             Unavailable: nothing was sent and the waiter hears nothing.
         """
-        now = time.monotonic()
-        waiter.deadline = now + self.command_timeout
-        self._last_used = now
         lane = self._slow if slow else self._fast
-        connection = lane.current if not slow else self._choose_slow(lane, waiter)
+        connection = self._choose_slow(lane) if slow else lane.current
         if connection is None:
-            self._enqueue(lane, payload, waiter, now)
-        elif connection.pending >= self._max_waiting:
+            self._enqueue(lane, payload, waiter)
+            return None
+        if connection.pending >= self._max_waiting:
             raise Unavailable(f"{connection.pending} commands are waiting for this instance already")
-        elif connection.choked and not connection.accepts(len(payload)):
+        if connection.choked and not connection.accepts(len(payload)):
             raise Unavailable("the instance does not read its commands fast enough")
-        else:
-            connection.send(payload, waiter)
+        self._used = True
+        waiter.deadline = self._deadline
+        connection.send(payload, waiter)
+        return None if slow else connection
 
-    def _choose_slow(self, lane: _Lane, waiter: Waiter) -> Connection | None:
+    def _choose_slow(self, lane: _Lane) -> Connection | None:
         connection = lane.choose()
         if connection is not None and connection.pending and not lane.connecting:
             # Busy: the next slow command finds a connection of its own, this one need not wait for it.
@@ -118,7 +124,9 @@ class Pool:
                 return None
         return connection
 
-    def _enqueue(self, lane: _Lane, payload: bytes, waiter: Waiter, now: float) -> None:
+    def _enqueue(self, lane: _Lane, payload: bytes, waiter: Waiter) -> None:
+        self._last_used = now = time.monotonic()
+        waiter.deadline = self._deadline = now + self.command_timeout
         if self.closed:
             raise Unavailable("the instance is being closed")
         if now < self._retry_at:
@@ -218,6 +226,10 @@ class Pool:
     def _tick(self) -> None:
         self._ticker = None
         now = time.monotonic()
+        self._deadline = now + self.command_timeout + TICK_SECONDS
+        if self._used:
+            self._used = False
+            self._last_used = now
         for connection in [*self._fast.connections, *self._slow.connections, *self._draining]:
             connection.tick(now, self._stall_timeout)
         for lane in (self._fast, self._slow):

@@ -178,8 +178,8 @@ class Gateway:
 
     def log(self) -> str:
         """What it has written so far."""
-        self._log.seek(0)
-        return self._log.read().decode()
+        # Not by seeking: the processes that write share the position.
+        return os.pread(self._log.fileno(), os.fstat(self._log.fileno()).st_size, 0).decode()
 
     def stop(self) -> None:
         """SIGTERM; fails if it does not end well in time or had an internal error."""

@@ -22,7 +22,7 @@ class Dev:
     """A `redisgate dev` whose output is read until it is ready."""
 
     def __init__(self, cwd: Path, *arguments: str) -> None:
-        self.output = tempfile.TemporaryFile("w+")
+        self.output = tempfile.TemporaryFile()
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("REDISGATE_", "SRH_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "redisgate", "dev", *arguments],
@@ -33,8 +33,8 @@ class Dev:
         )
 
     def text(self) -> str:
-        self.output.seek(0)
-        return self.output.read()
+        # Not by seeking: the processes that write share the position.
+        return os.pread(self.output.fileno(), os.fstat(self.output.fileno()).st_size, 0).decode()
 
     def ready(self) -> "Dev":
         wait_for(lambda: "Ctrl-C stops" in self.text() or self.process.poll() is not None, what="redisgate dev")
