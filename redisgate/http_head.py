@@ -23,11 +23,14 @@ class HttpError(Exception):
 
 
 class Head:
-    """A header block, with the empty line that ends it, and its meaning."""
+    """A header block, with the empty line that ends it, and its meaning.
+
+    The next request of a client nearly always has the same block, except that the official clients send back the sync
+    token of the last response; it means nothing here, so any other of the same length will do in its place.
+    """
 
     __slots__ = (
         "authorization",
-        "block",
         "chunked",
         "content_length",
         "encoding",
@@ -42,11 +45,15 @@ class Head:
         "rendering",
         "response_format",
         "revision",
+        "size",
+        "start",
+        "tail",
         "version",
     )
 
     def __init__(self, block: bytes, version: bytes) -> None:
-        self.block = block
+        self.start, self.tail = split_block(block)
+        self.size = len(block)
         self.version = version
         self.host = b""
         self.authorization: bytes | None = None
@@ -65,7 +72,19 @@ class Head:
         self.rendering: Any = None
         self.problem: bytes | None = None  # an error line: what is wrong with the headers that say how to answer
 
+    def ends(self, data: bytes) -> bool:
+        """Whether `data`, which begins with `start`, goes on with a sync token and `tail`."""
+        tail_at = self.size - len(self.tail)
+        return data.startswith(self.tail, tail_at) and data[len(self.start) : tail_at].isalnum()
 
+
+def split_block(block: bytes) -> tuple[bytes, bytes]:
+    """What is before the value of a sync token, and what is behind it; the whole block and nothing if it has none."""
+    match = _SYNC_TOKEN.search(block)
+    return (block, b"") if match is None else (block[: match.start(1)], block[match.end(1) :])
+
+
+_SYNC_TOKEN = re.compile(rb"\r\nupstash-sync-token: ?([0-9A-Za-z]+)\r\n", re.IGNORECASE)
 _HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 

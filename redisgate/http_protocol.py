@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from redisgate.config import Limits
-from redisgate.http_head import ChunkedBody, Head, HttpError, parse_head
+from redisgate.http_head import ChunkedBody, Head, HttpError, parse_head, split_block
 from redisgate.http_response import ResponseHeads
 from redisgate.replies import JSON
 
@@ -65,7 +65,7 @@ class HttpServer:
         self.grace_over = False  # draining, and what has not come by now will not be taken
         self.now = time.monotonic()  # of the last sweep; good enough for time-outs
         self.idle_deadline = self.now + limits.idle_timeout
-        self._heads: dict[bytes, Head] = {}
+        self._heads: dict[tuple[bytes, bytes], Head] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._no_connections: asyncio.Event | None = None
 
@@ -75,14 +75,15 @@ class HttpServer:
 
     def head(self, block: bytes, version: bytes) -> Head:
         """The meaning of a header block, from memory where it is known. Raises HttpError."""
-        head = self._heads.get(block)
-        if head is None or head.version != version:
+        key = split_block(block)
+        head = self._heads.get(key)
+        if head is None or head.version != version or head.size != len(block):
             head = parse_head(block, version)
             self.gateway.prepare(head)
             if len(block) <= MAX_KNOWN_HEAD_BYTES:
                 if len(self._heads) >= MAX_KNOWN_HEADS:
                     self._heads.clear()
-                self._heads[block] = head
+                self._heads[key] = head
         return head
 
     def start(self) -> None:
@@ -269,8 +270,13 @@ class HttpConnection(asyncio.Protocol):
             # The headers are nearly always the last request's.
             rest = data[after_line:]
             head = self._head
-            if head is not None and rest.startswith(head.block) and head.version == version:
-                end = len(head.block)
+            if (
+                head is not None
+                and rest.startswith(head.start)
+                and head.version == version
+                and (not head.tail or head.ends(rest))
+            ):
+                end = head.size
             else:
                 end = rest.find(b"\r\n\r\n") + 4
                 if end < 4:

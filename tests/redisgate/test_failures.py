@@ -258,7 +258,7 @@ def test_a_ledger_of_incrs_is_exact_when_redis_is_killed(tmp_path: Path) -> None
             wait_for(lambda: counts[503] > failed, what="a refusal")  # noqa: B023
             server.start()
             with Client(gateway.port) as client:
-                wait_for(lambda: client.get("/ping").status == 200, seconds=1.5, what="use within a second")
+                wait_for(lambda: client.get("/ping").status == 200, seconds=3, what="use again")
         stop.set()
         for thread in threads:
             thread.join(20)

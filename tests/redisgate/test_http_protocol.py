@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from redisgate.config import Limits
 from redisgate.exchange import Exchange
-from redisgate.http_protocol import HttpConnection, HttpServer, ResponseHeads
+from redisgate.http_protocol import MAX_KNOWN_HEADS, HttpConnection, HttpServer
+from redisgate.http_response import ResponseHeads
 from redisgate.replies import JSON
 
 
@@ -63,9 +64,11 @@ class Echo:
     def __init__(self, *, at_once: bool = True) -> None:
         self.requests: list[tuple[bytes, bytes, bytes]] = []
         self.exchanges: list[Exchange] = []
+        self.prepared = 0
         self._at_once = at_once
 
     def prepare(self, head: Any) -> None:
+        self.prepared += 1
         head.rendering = JSON
 
     def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: Any, body: bytes) -> None:
@@ -312,3 +315,74 @@ async def test_a_header_block_is_interpreted_anew_when_it_changes() -> None:
     connection.data_received(b"POST /2 HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab")
     connection.data_received(b"POST /3 HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\ncd")
     assert [body for _, _, body in gateway.requests] == [b"a", b"ab", b"cd"]
+
+
+# Header blocks that are known
+
+
+def test_a_header_block_is_interpreted_once_for_all_connections() -> None:
+    gateway = Echo()
+    connection, transport = connect(gateway)
+    other = connection.server.protocol()
+    other.connection_made(transport)  # type: ignore[arg-type]
+    for who in (connection, other):
+        for size in (1, 2, 1):
+            who.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (size, b"x" * size))
+    assert [body for _, _, body in gateway.requests] == [b"x", b"xx", b"x"] * 2
+    assert gateway.prepared == 2
+
+
+def test_a_sync_token_that_comes_back_changes_nothing() -> None:
+    gateway = Echo()
+    connection, transport = connect(gateway)
+    token = b"0"
+    for number in range(5):
+        connection.data_received(
+            b"GET /%d HTTP/1.1\r\nHost: a\r\nUpstash-Sync-Token: %b\r\nAccept: x\r\n\r\n" % (number, token)
+        )
+        token = re.findall(rb"Upstash-Sync-Token: (\w+)\r\n", transport.written)[-1]
+    assert [target for _, target, _ in gateway.requests] == [b"/%d" % number for number in range(5)]
+    assert gateway.prepared == 2  # the first token was of another length
+    tokens = re.findall(rb"Upstash-Sync-Token: (\w+)\r\n", transport.written)
+    assert len(set(tokens)) == 5
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"abcd\r\nContent-Length: 3", b"ab\r\n\r\nGET", b"ab cd", b"abcde", b"abc", b"", b"abcd\r\nAuthorization: x"],
+)
+def test_what_is_no_token_of_that_length_is_interpreted(value: bytes) -> None:
+    """Whatever stands where the token was, the request is framed as if nothing were remembered."""
+    first = b"GET /first HTTP/1.1\r\nHost: a\r\nUpstash-Sync-Token: abcd\r\nX: y\r\n\r\n"
+    second = b"GET /second HTTP/1.1\r\nHost: a\r\nUpstash-Sync-Token: %b\r\nX: y\r\n\r\n" % value
+    remembering, fresh = Echo(), Echo()
+    connection, _ = connect(remembering)
+    connection.data_received(first)
+    connection.data_received(second)
+    connect(fresh)[0].data_received(second)
+    assert remembering.requests[1:] == fresh.requests
+    assert remembering.prepared == 1 + fresh.prepared
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    gateway = Echo()
+    connection, _ = connect(gateway)
+    for number in range(3 * MAX_KNOWN_HEADS):
+        connection.data_received(b"GET / HTTP/1.1\r\nHost: a\r\nX: %d\r\n\r\n" % number)
+    assert len(connection.server._heads) <= MAX_KNOWN_HEADS
+
+
+def test_a_version_is_part_of_what_is_remembered() -> None:
+    gateway = Echo()
+    connection, transport = connect(gateway)
+    connection.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert not transport.closed
+    connection.data_received(b"GET / HTTP/1.0\r\nHost: a\r\n\r\n")
+    assert transport.closed
+
+
+def test_sync_tokens_stay_fresh_when_they_run_out() -> None:
+    heads = ResponseHeads(b"p")
+    starts = [heads.start(200, b"text/plain") for _ in range(10_000)]
+    assert len(set(starts)) == 10_000
+    assert len({len(start) for start in starts}) == 1
