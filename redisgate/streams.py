@@ -34,13 +34,13 @@ class StreamExchange(Exchange):
 
     endless = True
 
-    __slots__ = ("_ended", "_limit")
+    __slots__ = ("_ended", "_limit", "_progress")
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes, limit: int) -> None:
         """`limit`: bytes the client may leave unread."""
         super().__init__(connection, head, method)
         self.rendering = JSON  # of an error before the stream begins; a stream is never encoded
-        self._pieces: Pieces = Pieces()
+        self._pieces = self._progress = Pieces()
         self._limit = limit
         self._ended = False
 
@@ -53,8 +53,8 @@ class StreamExchange(Exchange):
         if transport.is_closing():
             return
         if connection.exchanges[0] is not self:
-            self._pieces.waiting += self._framed(event)
-            if len(self._pieces.waiting) > self._limit:
+            self._progress.waiting += self._framed(event)
+            if len(self._progress.waiting) > self._limit:
                 self._cut_off("the reader is too slow")
             return
         transport.write(self._framed(event))
@@ -63,8 +63,8 @@ class StreamExchange(Exchange):
 
     def _framed(self, event: bytes) -> bytes:
         head = b""
-        if not self._pieces.started:
-            self._pieces.started = True
+        if not self._progress.started:
+            self._progress.started = True
             head = self._event_head()
         if self._method == b"HEAD":
             return head
@@ -99,13 +99,13 @@ class StreamExchange(Exchange):
         self._leave()
         self._connection = None
         connection.server.streams.discard(self)
-        connection.answered(self, self._pieces.waiting + payload)
+        connection.answered(self, self._progress.waiting + payload)
 
     def lost(self, error: RespError) -> None:
         """See `resp.subscriptions.Subscriber`."""
         if self._connection is None:
             return
-        if self._pieces.started:
+        if self._progress.started:
             self._cut_off(str(error))
         else:
             connection = self._connection
@@ -127,14 +127,14 @@ class StreamExchange(Exchange):
         """The bound of unread bytes decides, not the first full buffer."""
 
     def drain(self) -> None:
-        if self._pieces.started:
+        if self._progress.started:
             self._cut_off("the gateway is restarting; connect again")
         else:
             self.lost(Unavailable("the gateway is restarting"))
 
     def heartbeat(self) -> None:
         """Keep proxies from closing a quiet stream."""
-        if self._pieces.started:
+        if self._progress.started:
             self.emit(_HEARTBEAT)
 
     def _begin(self) -> None:
