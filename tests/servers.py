@@ -139,8 +139,9 @@ class RedisServer:
     def _end(self, number: signal.Signals) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.send_signal(signal.SIGCONT)
             process.send_signal(number)
+            if number != signal.SIGKILL:  # which ends a paused process too, before it can answer anything more
+                process.send_signal(signal.SIGCONT)
             process.wait(STOP_SECONDS)
             assert process.stdout is not None
             process.stdout.close()

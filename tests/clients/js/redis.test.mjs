@@ -48,9 +48,13 @@ test("every method by auto-pipelining", async () => {
   const auto = client({ enableAutoPipelining: true })
   // Those that would overtake or wipe out the others, or that the client sends by themselves.
   const alone = new Set(["flushdb", "flushall", "exec"])
-  const used = steps.filter(({ method }) => !alone.has(method))
+  // The client sends reads and writes as two pipelines at once: these two would meet their group too early.
+  const late = new Set(["xpending", "xinfo"])
+  const used = steps.filter(({ method }) => !alone.has(method) && !late.has(method))
   const results = await Promise.all(used.map(({ method, args }) => auto[method](...args)))
   assert.equal(results.length, used.length)
+  const rest = await Promise.all(steps.filter(({ method }) => late.has(method)).map(({ method, args }) => auto[method](...args)))
+  assert.equal(rest.length, late.size)
   await auto.del("auto")
   const counts = await Promise.all(Array.from({ length: 50 }, () => auto.incr("auto")))
   assert.deepEqual(counts, Array.from({ length: 50 }, (_, index) => index + 1))
