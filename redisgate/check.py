@@ -127,7 +127,7 @@ def _look_at_token(report: _Report, token: TokenConfig) -> None:
 
 
 def _cure(instance: InstanceConfig, error: ConnectFailed) -> str:
-    cause = error.__cause__
+    cause = error.cause
     text = error.detail
     if isinstance(cause, ssl.SSLError):
         return "check tls_ca_file and tls_server_name, and that this port speaks TLS"

@@ -7,7 +7,7 @@ connection's order on the other: one object for both.
 import logging
 import secrets
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from redisgate.http_head import Head
 from redisgate.http_response import length_line
@@ -18,7 +18,7 @@ from resp.errors import ProtocolError, ReplyTimeout, RespError, Unavailable
 if TYPE_CHECKING:
     from redisgate.http_protocol import HttpConnection
 
-RETRY_AFTER = b"Retry-After: 1\r\n"
+RETRY_AFTER: Final = b"Retry-After: 1\r\n"
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 import redisgate
 from redisgate.access import AccessTable, Backend, Grant
@@ -26,24 +26,26 @@ from resp.connection import connect
 from resp.encoder import encode_command
 from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 
-MAX_PIPELINE_COMMANDS = 1_000_000
+MAX_PIPELINE_COMMANDS: Final = 1_000_000
 """Commands in one /pipeline or /multi-exec; the body limit is usually reached first."""
-MAX_UNKNOWN_NAMES = 1024
+MAX_UNKNOWN_NAMES: Final = 1024
 """Names that a server did not know, remembered per instance."""
-UNKNOWN_NAME_SECONDS = 10.0
+UNKNOWN_NAME_SECONDS: Final = 10.0
 """How long such a name is remembered; a module may be loaded meanwhile."""
-MAX_LOGIN_FAILURES = 5
+MAX_LOGIN_FAILURES: Final = 5
 """Failed ACL RESTTOKEN commands per instance within `LOGIN_FAILURE_SECONDS`."""
-LOGIN_FAILURE_SECONDS = 30.0
+LOGIN_FAILURE_SECONDS: Final = 30.0
 
-(QUESTION,) = b"?"  # see `redisgate.requests.PERCENT`
+QUESTION: Final = 0x3F  # b"?"; see `redisgate.requests.PERCENT`
 
-_UNAUTHORIZED = b"WRONGPASS invalid or missing auth token"
-_BODY_METHODS = (b"POST", b"PUT")
-_COMMAND_METHODS = (b"GET", b"POST", b"PUT", b"HEAD")
-_STREAMS = (b"subscribe", b"psubscribe", b"monitor")
-_CORS_MAX_AGE = b"86400"
-_CONTROL_PLANE = b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split()
+_UNAUTHORIZED: Final = b"WRONGPASS invalid or missing auth token"
+_BODY_METHODS: Final = (b"POST", b"PUT")
+_COMMAND_METHODS: Final = (b"GET", b"POST", b"PUT", b"HEAD")
+_STREAMS: Final = (b"subscribe", b"psubscribe", b"monitor")
+_CORS_MAX_AGE: Final = b"86400"
+_CONTROL_PLANE: Final = (
+    b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split()
+)
 
 log = logging.getLogger(__name__)
 

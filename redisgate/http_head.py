@@ -7,7 +7,7 @@ so a `Head` is made per distinct block, not per request.
 """
 
 import re
-from typing import Any
+from typing import Any, Final
 
 import httptools
 
@@ -84,9 +84,9 @@ def split_block(block: bytes) -> tuple[bytes, bytes]:
     return (block, b"") if match is None else (block[: match.start(1)], block[match.end(1) :])
 
 
-_SYNC_TOKEN = re.compile(rb"\r\nupstash-sync-token: ?([0-9A-Za-z]+)\r\n", re.IGNORECASE)
-_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
-_DIGITS = re.compile(rb"[0-9]{1,18}")
+_SYNC_TOKEN: Final = re.compile(rb"\r\nupstash-sync-token: ?([0-9A-Za-z]+)\r\n", re.IGNORECASE)
+_HOST: Final = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+_DIGITS: Final = re.compile(rb"[0-9]{1,18}")
 
 
 class _Fields:

@@ -16,7 +16,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from redisgate.config import Limits
 from redisgate.http_head import ChunkedBody, Head, HttpError, parse_head, split_block
@@ -25,37 +25,46 @@ from redisgate.replies import JSON
 
 if TYPE_CHECKING:
     from redisgate.exchange import Exchange
-    from redisgate.gateway import Gateway
     from redisgate.streams import StreamExchange
 
-ALLOW = b"Allow: GET, HEAD, POST, PUT\r\n"
-REQUEST_LINE_OVERHEAD = 64
+ALLOW: Final = b"Allow: GET, HEAD, POST, PUT\r\n"
+REQUEST_LINE_OVERHEAD: Final = 64
 """Bytes that method, version and spaces may add to a request target."""
-MAX_UNPARSED_BYTES = 64 * 1024
+MAX_UNPARSED_BYTES: Final = 64 * 1024
 """What is read ahead of the requests under way before reading pauses."""
-MIN_BODY_BYTES_PER_SECOND = 16 * 1024
+MIN_BODY_BYTES_PER_SECOND: Final = 16 * 1024
 """A body has `body_timeout` seconds, and as many more as this rate gives what has come."""
-DRAIN_GRACE_SECONDS = 0.5
+DRAIN_GRACE_SECONDS: Final = 0.5
 """How long idle connections stay open when draining, for the request that may be on its way; answered, and closed."""
-LINGER_SECONDS = 2.0
+LINGER_SECONDS: Final = 2.0
 """How long the rest of a refused request is read and thrown away, so that the refusal is not lost to a reset."""
-MAX_KNOWN_HEADS = 1024
+MAX_KNOWN_HEADS: Final = 1024
 """Header blocks whose meaning a worker remembers; new ones then push out all of them."""
-MAX_KNOWN_HEAD_BYTES = 2048
+MAX_KNOWN_HEAD_BYTES: Final = 2048
 """Larger header blocks are not remembered."""
-WRITE_BUFFER_BYTES = 256 * 1024
+WRITE_BUFFER_BYTES: Final = 256 * 1024
 """Answers that a client has not taken, beyond which its next request waits."""
 
-_NEVER = float("inf")
-_REQUEST_LINE = re.compile(rb"(GET|POST|PUT|HEAD) (/[^\x00-\x20\x7f]*) (HTTP/1\.[01])\r\n").match
-_BARE_LF = re.compile(rb"(?<!\r)\n")
-_CONTROLS = re.compile(rb"[\x00-\x20\x7f]")
+_NEVER: Final = float("inf")
+_REQUEST_LINE: Final = re.compile(rb"(GET|POST|PUT|HEAD) (/[^\x00-\x20\x7f]*) (HTTP/1\.[01])\r\n").match
+_BARE_LF: Final = re.compile(rb"(?<!\r)\n")
+_CONTROLS: Final = re.compile(rb"[\x00-\x20\x7f]")
+
+
+class Handler(Protocol):
+    """Who answers requests: the gateway."""
+
+    def prepare(self, head: Head) -> None:
+        """Derive from a header block what every request with it needs; called before `handle`."""
+
+    def handle(self, connection: "HttpConnection", method: bytes, target: bytes, head: Head, body: bytes) -> None:
+        """Dispatch one whole request; it is answered through the exchange that is made for it."""
 
 
 class HttpServer:
     """What the HTTP connections of one worker share."""
 
-    def __init__(self, gateway: "Gateway", limits: Limits, heads: ResponseHeads) -> None:
+    def __init__(self, gateway: Handler, limits: Limits, heads: ResponseHeads) -> None:
         self.gateway = gateway
         self.limits = limits
         self.heads = heads
@@ -69,7 +78,7 @@ class HttpServer:
         self._timer: asyncio.TimerHandle | None = None
         self._no_connections: asyncio.Event | None = None
 
-    def protocol(self) -> "HttpConnection":
+    def protocol(self) -> Any:
         """For `loop.create_server`."""
         return HttpConnection(self)
 
@@ -131,8 +140,8 @@ class HttpServer:
         return left
 
 
-class HttpConnection(asyncio.Protocol):
-    """One client connection."""
+class HttpConnection:
+    """One client connection: an `asyncio.Protocol` in all but name, since a class that is compiled has no such base."""
 
     __slots__ = (
         "_body",

@@ -2,9 +2,10 @@
 
 import email.utils
 from http import HTTPStatus
+from typing import Final
 
-_TOKENS = [b"%03x\r\n" % number for number in range(4096)]
-_LENGTHS = [b"Content-Length: %d\r\n\r\n" % size for size in range(4096)]
+_TOKENS: Final = [b"%03x\r\n" % number for number in range(4096)]
+_LENGTHS: Final = [b"Content-Length: %d\r\n\r\n" % size for size in range(4096)]
 
 
 class ResponseHeads:

@@ -12,7 +12,7 @@ through the iterative renderer that streams use.
 import binascii
 import codecs
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final
 
 import msgspec
 
@@ -20,59 +20,62 @@ from resp.errors import ProtocolError
 from resp.parser import MAX_PARSED_DEPTH, ErrorReply, Parser
 from resp.scanner import COLON, DOLLAR, LF, MINUS, PLUS, STAR, FrameScanner, frame_depth, split_frames
 
-MAX_REPLY_DEPTH = MAX_PARSED_DEPTH
+MAX_REPLY_DEPTH: Final = MAX_PARSED_DEPTH
 """Levels of nesting above which a reply is an error for its command alone, except as RESP2."""
-MAX_ENCODER_DEPTH = 200
+MAX_ENCODER_DEPTH: Final = 200
 """Levels that C JSON encoders take on any stack they may be called on."""
-MAX_COMMON_FRAME_BYTES = 16
+MAX_COMMON_FRAME_BYTES: Final = 16
 """Frames above this are not looked up: hashing a long value costs more than rendering it."""
 
-_TOO_DEEP = b"ERR the reply nests deeper than %d levels" % MAX_REPLY_DEPTH
-_RESULT = b'{"result":'
-_ERROR = b'{"error":'
+_TOO_DEEP: Final = b"ERR the reply nests deeper than %d levels" % MAX_REPLY_DEPTH
+_RESULT: Final = b'{"result":'
+_ERROR: Final = b'{"error":'
 
-_encode_text = msgspec.json.encode
-_encode = msgspec.json.Encoder(enc_hook=str).encode  # an ErrorReply inside an array is its text
-_encode_base64 = msgspec.json.Encoder(enc_hook=lambda error: str(error).encode()).encode  # bytes become base64
+_encode_text: Final = msgspec.json.encode
+_encode: Final = msgspec.json.Encoder(enc_hook=str).encode  # an ErrorReply inside an array is its text
+_encode_base64: Final = msgspec.json.Encoder(enc_hook=lambda error: str(error).encode()).encode  # bytes become base64
 
-_parse_text = Parser(text=True).parse
-_parse_bytes = Parser(text=False).parse
+_parse_text: Final = Parser(text=True).parse
+_parse_bytes: Final = Parser(text=False).parse
 
 
-class Rendering(Protocol):
+class Rendering:
     """One response format."""
 
-    content_type: bytes
+    def __init__(self, content_type: bytes) -> None:
+        self.content_type = content_type
 
     def single(self, frame: bytes, depth: int) -> tuple[int, bytes]:
         """HTTP status and body for one reply."""
-        ...
+        raise NotImplementedError
 
     def pipeline(self, frames: bytes, count: int, depth: int, inserts: Mapping[int, bytes]) -> tuple[int, bytes]:
         """HTTP status and body for `count` replies from Redis and the frames that belong between them.
 
         `inserts` maps positions in the client's pipeline to frames that did not come from Redis.
         """
-        ...
+        raise NotImplementedError
 
     def error(self, line: bytes) -> bytes:
         """The body for an error line."""
-        ...
+        raise NotImplementedError
 
     def stream(self, count: int, inserts: Mapping[int, bytes] | None) -> "ReplyStream":
         """For replies that come in pieces; `inserts` is None for a single command."""
-        ...
+        raise NotImplementedError
 
 
-class ReplyStream(Protocol):
+class ReplyStream:
     """Renders a run of replies that comes in pieces."""
+
+    __slots__ = ("status",)
 
     status: int
     """HTTP status; 0 until it is known."""
 
     def feed(self, data: bytes) -> bytes:
         """The next part of the body, for the next piece as `Waiter.stream_data` gets it."""
-        ...
+        raise NotImplementedError
 
 
 def quote(value: bytes) -> bytes:
@@ -95,12 +98,11 @@ def _splice(frames: bytes, count: int, inserts: Mapping[int, bytes]) -> list[byt
     return [inserts[index] if index in inserts else next(replies) for index in range(count + len(inserts))]
 
 
-class JsonRendering:
+class JsonRendering(Rendering):
     """`{"result": …}`, strings as UTF-8; or, with `base64`, as base64, except a top-level `OK` and errors."""
 
-    content_type = b"application/json"
-
     def __init__(self, *, base64: bool = False) -> None:
+        super().__init__(b"application/json")
         self._base64 = base64
         # Attributes of the object: calling a static method that was given another name costs three times as much.
         self._quote = _quote_base64 if base64 else quote
@@ -175,10 +177,11 @@ class JsonRendering:
         )
 
 
-class Resp2Rendering:
+class Resp2Rendering(Rendering):
     """The bytes as they came."""
 
-    content_type = b"application/octet-stream"
+    def __init__(self) -> None:
+        super().__init__(b"application/octet-stream")
 
     def single(self, frame: bytes, depth: int) -> tuple[int, bytes]:
         return 400 if frame[0] == MINUS else 200, frame
@@ -193,10 +196,10 @@ class Resp2Rendering:
         return Resp2Stream(inserts or {})
 
 
-class Resp2Stream:
+class Resp2Stream(ReplyStream):
     """Passes pieces on, with the inserts of a pipeline between them."""
 
-    __slots__ = ("_at_boundary", "_index", "_inserts", "_scanner", "status")
+    __slots__ = ("_at_boundary", "_index", "_inserts", "_scanner")
 
     def __init__(self, inserts: Mapping[int, bytes]) -> None:
         self.status = 200  # an error line is never long enough to be streamed
@@ -225,7 +228,7 @@ class Resp2Stream:
                 self._index += 1
 
 
-class JsonStream:
+class JsonStream(ReplyStream):
     """The JSON of a run of replies that comes in pieces, at any depth, without recursion."""
 
     __slots__ = (
@@ -242,7 +245,6 @@ class JsonStream:
         "_queue_error",
         "_stack",
         "_transaction",
-        "status",
     )
 
     def __init__(
@@ -396,6 +398,6 @@ class JsonStream:
         return _encode_text(self._decoder.decode(piece, final))[1:-1]
 
 
-JSON = JsonRendering()
-BASE64 = JsonRendering(base64=True)
-RESP2 = Resp2Rendering()
+JSON: Final = JsonRendering()
+BASE64: Final = JsonRendering(base64=True)
+RESP2: Final = Resp2Rendering()

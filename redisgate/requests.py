@@ -5,20 +5,20 @@ Arguments are bytes, any bytes. What cannot be one argument unambiguously
 """
 
 import json
-from typing import Any
+from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 
-(PERCENT,) = b"%"  # an integer: looking for it is five times as fast as looking for a byte string
+PERCENT: Final = 0x25  # an integer, not b"%": looking for it is five times as fast as looking for a byte string
 
 
 class BadRequest(Exception):
     """The request itself is wrong; the text is an error line for the client."""
 
 
-_decode_strings = msgspec.json.Decoder(list[str]).decode
-_decode_string_lists = msgspec.json.Decoder(list[list[str]]).decode
+_decode_strings: Final = msgspec.json.Decoder(list[str]).decode
+_decode_string_lists: Final = msgspec.json.Decoder(list[list[str]]).decode
 
 
 def _refuse_constant(name: str) -> None:
@@ -26,7 +26,7 @@ def _refuse_constant(name: str) -> None:
 
 
 # Numbers reach Redis as they were written, so they are never turned into numbers here.
-_decoder = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=_refuse_constant)
+_decoder: Final = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=_refuse_constant)
 
 
 def split_path(path: bytes) -> list[bytes]:

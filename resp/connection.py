@@ -13,7 +13,7 @@ import enum
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from resp.address import Address
 from resp.encoder import encode_commands
@@ -21,15 +21,15 @@ from resp.errors import ConnectFailed, ProtocolError, ReplyLost, ReplyTimeout, R
 from resp.parser import ErrorReply, Parser
 from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner
 
-STREAM_THRESHOLD_BYTES = 256 * 1024
+STREAM_THRESHOLD_BYTES: Final = 256 * 1024
 """A run of replies larger than this is streamed to its waiter, and ends the connection's part in sharing."""
-MAX_UNSENT_BYTES = 64 * 1024 * 1024
+MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
 """Commands that Redis does not read yet, per connection; beyond it nothing more is admitted."""
-STALLED_READER_SECONDS = 1.0
+STALLED_READER_SECONDS: Final = 1.0
 """How long a waiter may hold up the others behind it by not taking its streamed reply."""
 
-_CRLF = b"\r\n"
-_SMALL_NUMBERS = {b"%d" % number: number for number in range(1024)}
+_CRLF: Final = b"\r\n"
+_SMALL_NUMBERS: Final = {b"%d" % number: number for number in range(1024)}
 
 
 class Waiter:
@@ -134,8 +134,8 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class Connection(asyncio.Protocol):
-    """One authenticated connection to one Redis database."""
+class Connection:
+    """One authenticated connection to one Redis database; an `asyncio.Protocol` in all but name."""
 
     __slots__ = (
         "_flush_scheduled",
@@ -436,7 +436,7 @@ async def connect(
         raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
         connection.close(ReplyLost("connect failed"))
-        raise ConnectFailed(f"cannot use {address.display}: {error}") from error
+        raise ConnectFailed(f"cannot use {address.display}: {error}", error) from error
     except BaseException:
         connection.close(ReplyLost("connect was given up"))
         raise
@@ -444,9 +444,7 @@ async def connect(
     return connection
 
 
-async def open_transport(
-    loop: asyncio.AbstractEventLoop, factory: Callable[[], asyncio.Protocol], address: Address
-) -> None:
+async def open_transport(loop: asyncio.AbstractEventLoop, factory: Callable[[], Any], address: Address) -> None:
     """Connect a protocol by Unix socket, TCP or TLS, as `address` says. Raises OSError (TLS errors are)."""
     if address.path is not None:
         await loop.create_unix_connection(factory, address.path)

@@ -4,12 +4,13 @@ https://redis.io/docs/latest/develop/reference/protocol-spec/#sending-commands-t
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
-MAX_TABLED = 1024
+MAX_TABLED: Final = 1024
 """Arguments shorter than this have their length line ready."""
 
-_FIRST = [b"$%d\r\n" % size for size in range(MAX_TABLED)]
-_NEXT = [b"\r\n$%d\r\n" % size for size in range(MAX_TABLED)]
+_FIRST: Final = [b"$%d\r\n" % size for size in range(MAX_TABLED)]
+_NEXT: Final = [b"\r\n$%d\r\n" % size for size in range(MAX_TABLED)]
 
 
 def encode_command(argv: Sequence[bytes]) -> bytes:

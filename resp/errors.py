@@ -16,9 +16,12 @@ class Unavailable(RespError):
 
 
 class ConnectFailed(Unavailable):
-    """There is no connection to send it on. The text is for anybody; `detail`, with the address, for the operator."""
+    """There is no connection to send it on.
 
-    def __init__(self, detail: str) -> None:
+    The text is for anybody; `detail`, with the address, and `cause`, if an exception is, for the operator.
+    """
+
+    def __init__(self, detail: str, cause: Exception | None = None) -> None:
         if "LOADING" in detail:
             text = "the instance is loading its data"
         elif "was refused: " in detail or "NOAUTH" in detail:
@@ -27,6 +30,7 @@ class ConnectFailed(Unavailable):
             text = "the instance cannot be reached"
         super().__init__(text)
         self.detail = detail
+        self.cause = cause  # not __cause__: a raise in compiled code does not set it
 
 
 class ReplyLost(RespError):

@@ -7,25 +7,32 @@ Whatever is not plainly RESP2 is therefore an error, never skipped.
 
 import re
 from collections.abc import Sequence
+from typing import Final
 
 from resp.errors import ProtocolError
 
-MAX_LINE_BYTES = 64 * 1024
+MAX_LINE_BYTES: Final = 64 * 1024
 """A status, error or length line longer than this is not from Redis (its error lines stay far below)."""
-MAX_BULK_BYTES = 512 * 1024 * 1024
+MAX_BULK_BYTES: Final = 512 * 1024 * 1024
 """Redis's own bound for one string (proto-max-bulk-len)."""
-MAX_ARRAY_ITEMS = 16 * 1024 * 1024
+MAX_ARRAY_ITEMS: Final = 16 * 1024 * 1024
 """An array announced longer than this is taken for a broken server, not waited for."""
-MAX_SCAN_DEPTH = 100_000
+MAX_SCAN_DEPTH: Final = 100_000
 """Far above what Redis lets a script nest (about 8,000): bounds the memory of the stack."""
 
-PLUS, MINUS, COLON, DOLLAR, STAR = b"+-:$*"
-CR, LF = b"\r\n"
+# The first bytes of replies, and line ends, as indexing gives them.
+PLUS: Final = 0x2B
+MINUS: Final = 0x2D
+COLON: Final = 0x3A
+DOLLAR: Final = 0x24
+STAR: Final = 0x2A
+CR: Final = 0x0D
+LF: Final = 0x0A
 
 # Lengths are nearly always small; a dictionary hit costs half of int() and cannot be fooled by b"1_0" or b" 1".
-_SMALL_NUMBERS = {b"%d" % number: number for number in range(-1, 2048)}
-_LENGTH = re.compile(rb"-1|0|[1-9][0-9]{0,9}")
-_INTEGER = re.compile(rb"[+-]?[0-9]{1,19}")
+_SMALL_NUMBERS: Final = {b"%d" % number: number for number in range(-1, 2048)}
+_LENGTH: Final = re.compile(rb"-1|0|[1-9][0-9]{0,9}")
+_INTEGER: Final = re.compile(rb"[+-]?[0-9]{1,19}")
 
 
 def parse_length(digits: bytes) -> int:

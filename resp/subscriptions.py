@@ -144,7 +144,7 @@ async def connect_push(address: Address, timeout: float, on_reply: Any, on_lost:
         raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
         connection.close(ReplyLost("failed"))
-        raise ConnectFailed(f"cannot use {address.display}: {error}") from error
+        raise ConnectFailed(f"cannot use {address.display}: {error}", error) from error
     except BaseException:
         connection.close(ReplyLost("given up"))
         raise

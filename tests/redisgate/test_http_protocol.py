@@ -80,7 +80,7 @@ class Echo:
 
 
 def connect(gateway: Echo, **limits: Any) -> tuple[HttpConnection, FakeTransport]:
-    server = HttpServer(gateway, Limits(**limits), ResponseHeads(b"t"))  # type: ignore[arg-type]
+    server = HttpServer(gateway, Limits(**limits), ResponseHeads(b"t"))
     connection = server.protocol()
     transport = FakeTransport()
     connection.connection_made(transport)  # type: ignore[arg-type]
