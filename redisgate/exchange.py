@@ -18,6 +18,8 @@ from resp.errors import ProtocolError, ReplyTimeout, RespError, Unavailable
 if TYPE_CHECKING:
     from redisgate.http_protocol import HttpConnection
 
+MAX_JOINED_BYTES: Final = 16 * 1024
+"""Bodies up to this are copied behind their heads; larger ones are handed to the transport as they are."""
 RETRY_AFTER: Final = b"Retry-After: 1\r\n"
 
 log = logging.getLogger(__name__)
@@ -73,7 +75,10 @@ class Exchange(Waiter):
         lines = heads.ok_lines.get(content_type) if status == 200 else None
         if lines is None:
             lines = heads.lines(status, content_type)
-        connection.answered(self, b"".join((lines, token, extra, length_line(length), body)))
+        if length > MAX_JOINED_BYTES:
+            connection.answered(self, b"".join((lines, token, extra, length_line(length))), body)
+        else:
+            connection.answered(self, b"".join((lines, token, extra, length_line(length), body)))
 
     def _close_line(self, connection: "HttpConnection") -> bytes:
         """The header line of the last answer on a connection; nothing for those before it."""

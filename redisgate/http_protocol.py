@@ -435,14 +435,17 @@ class HttpConnection:
         if self._tail:
             asyncio.get_running_loop().call_soon(self._go_on)
 
-    def answered(self, exchange: "Exchange", payload: bytes) -> None:
-        """`payload` is the whole response of `exchange`, or the last of it."""
+    def answered(self, exchange: "Exchange", payload: bytes, body: bytes = b"") -> None:
+        """`payload` and then `body` are the whole response of `exchange`, or the last of it."""
         exchanges = self.exchanges
         if exchanges[0] is not exchange:
-            exchange.waiting_payload = payload
+            exchange.waiting_payload = payload + body
             return
         exchanges.popleft()
-        self.transport.write(payload)
+        if body:
+            self.transport.writelines((payload, body))
+        else:
+            self.transport.write(payload)
         if exchanges or self._tail or self._held is not None or self.closing or self.write_paused:
             self._settle()
         else:

@@ -1,6 +1,8 @@
 """One worker: composes the parts, serves until it is told to stop, drains."""
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -25,6 +27,11 @@ BACKLOG = 4096
 """Connections that wait to be accepted."""
 RENEW_USERS_SECONDS = 60.0
 """How often Redis users of their own log in again, so that a changed password ends their tokens."""
+
+KEPT_MEMORY_BYTES = 32 * 1024 * 1024
+"""Freed memory that a worker keeps for its next replies, instead of giving it back to the system each time."""
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +98,20 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     await asyncio.sleep(0)  # transports close in the next turn of the loop
 
 
+def keep_memory() -> None:
+    """Have the C library keep what is freed, up to `KEPT_MEMORY_BYTES`.
+
+    By default glibc returns every large buffer at once, and the kernel clears its pages anew for the next one: a third
+    of the time that a reply of 100 KiB takes.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, KEPT_MEMORY_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, KEPT_MEMORY_BYTES)
+
+
 def run(settings: Settings, sock: socket.socket, index: int, shared: SharedState, ready_fd: int) -> None:
     """Run one worker in this process until SIGTERM; writes one byte to `ready_fd` when it accepts requests."""
+    keep_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings, sock, index, shared, ready_fd))

@@ -19,7 +19,7 @@ from resp.address import Address
 from resp.encoder import encode_commands
 from resp.errors import ConnectFailed, ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
 from resp.parser import ErrorReply, Parser
-from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner
+from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner, parse_length
 
 STREAM_THRESHOLD_BYTES: Final = 256 * 1024
 """A run of replies larger than this is streamed to its waiter, and ends the connection's part in sharing."""
@@ -138,8 +138,10 @@ class Connection:
     """One authenticated connection to one Redis database; an `asyncio.Protocol` in all but name."""
 
     __slots__ = (
+        "_begun",
         "_flush_scheduled",
         "_loop",
+        "_missing",
         "_on_change",
         "_out",
         "_scanner",
@@ -177,6 +179,9 @@ class Connection:
         self._scanner = FrameScanner()
         self._scanning = 0  # position in `_tail` up to which the scanner has consumed; 0: not begun
         self._streaming = False
+        # Or a single bulk string has begun, and so many bytes of it have not come.
+        self._begun: list[bytes] = []
+        self._missing = 0
         self.paused_since = 0.0
         self.overdue_since = 0.0
 
@@ -220,29 +225,40 @@ class Connection:
             self.close(ReplyLost(f"the instance broke the protocol: {error}"))
 
     def _consume(self, data: bytes) -> None:
-        if self._tail:
+        position = 0
+        if self._missing:
+            position = self._continue_bulk(data)
+            if not position:
+                return
+        elif self._tail:
             data = self._tail + data
             self._tail = b""
         size = len(data)
-        position = 0
         waiters = self._waiters
         numbers = _SMALL_NUMBERS
         while position < size:
             if not waiters:
                 raise ProtocolError("a reply nobody waits for")
             waiter = waiters[0]
-            # A single short scalar is most of the traffic: find its end right here.
+            # A single scalar is most of the traffic: find its end right here.
             if waiter.count == 1 and not self._scanning and not self._streaming:
                 kind = data[position]
                 end_of_line = data.find(_CRLF, position)
                 if end_of_line > 0:
                     end = 0
                     if kind == DOLLAR:
-                        length = numbers.get(data[position + 1 : end_of_line])
-                        if length is not None:
-                            end = end_of_line + length + 4
-                            if end <= size and data[end - 2 : end] != _CRLF:
+                        digits = data[position + 1 : end_of_line]
+                        length = numbers.get(digits)
+                        if length is None:
+                            length = parse_length(digits)
+                        end = end_of_line + length + 4 if length >= 0 else end_of_line + 2
+                        if end <= size:
+                            if data[end - 2 : end] != _CRLF:
                                 raise ProtocolError("a bulk string longer than it said")
+                        elif end - position <= STREAM_THRESHOLD_BYTES:
+                            self._begun = [data[position:]]
+                            self._missing = end - size
+                            break
                     elif kind == COLON:
                         if data[position + 1 : end_of_line] in numbers:
                             end = end_of_line + 2
@@ -257,12 +273,31 @@ class Connection:
             position = self._scan(waiter, data, position)
             if not self._scanner.done or self._scanning or self._streaming:
                 break
-        if position < size:
+        if position < size and not self._missing:
             self._tail = data[position:]
         if not waiters and self.state is State.DRAINING:
             self.close(ReplyLost("drained"))
         else:
             self.last_received = time.monotonic()
+
+    def _continue_bulk(self, data: bytes) -> int:
+        """Add to the bulk string that was begun. Returns where it ends in `data`; 0: not yet."""
+        missing = self._missing
+        if len(data) < missing:
+            self._begun.append(data)
+            self._missing = missing - len(data)
+            self.last_received = time.monotonic()
+            return 0
+        # Whatever follows stays where it is: a hundred kilobytes are copied once here, not with their neighbours.
+        self._begun.append(data[:missing])
+        frame = b"".join(self._begun)
+        self._begun = []
+        self._missing = 0
+        if frame[-2:] != _CRLF:
+            raise ProtocolError("a bulk string longer than it said")
+        self.pending -= 1
+        self._waiters.popleft().reply(frame, 0)
+        return missing
 
     def _scan(self, waiter: Waiter, data: bytes, position: int) -> int:
         """The general case: arrays, runs of replies, pieces. Returns the first byte to keep."""
@@ -395,6 +430,8 @@ class Connection:
         self._out.clear()
         self.pending = 0
         self._tail = b""
+        self._begun = []
+        self._missing = 0
         self._on_change(self)
         for waiter in waiters[:written]:
             waiter.failed(error)

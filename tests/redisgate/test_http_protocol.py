@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -27,6 +28,9 @@ class FakeTransport:
     def write(self, data: bytes) -> None:
         if not self.closed:
             self.written += data
+
+    def writelines(self, pieces: Iterable[bytes]) -> None:
+        self.write(b"".join(pieces))
 
     def close(self) -> None:
         self.closed = True
