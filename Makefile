@@ -10,9 +10,11 @@ VENV ?= .venv
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && exit; \
 	done; echo python3)
-# arguments for `redisgate dev` and for pytest: make run ARGS="--port 8080"; make test PYTEST_ARGS="-k pipeline"
+# arguments for `redisgate dev`, pytest and the benchmark:
+# make run ARGS="--port 8080"; make test PYTEST_ARGS="-k pipeline"; make bench BENCH_ARGS="single --rounds 9"
 ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
@@ -24,27 +26,36 @@ WITH_NODE = PATH="$(abspath $(NODE)):$$PATH"; export PATH
 
 # A strict editable install links each file by itself, so a file that comes or goes calls for a new one.
 SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control templates migrations)))
+SOURCE_FILES := $(foreach source,$(SOURCES),$(if $(findstring __pycache__,$(source)),,$(source)))
 SOURCES_ID := $(shell echo '$(filter-out %__pycache__,$(SOURCES))' | cksum | cut -d ' ' -f 1)
 PACKAGE := $(STAMPS)/package-$(SOURCES_ID)
+# The form that wheels have, with the straight line of a request compiled (setup.py): by itself in a folder that comes
+# before the tree on the path, for what is run and measured. The tests run the tree itself too, which is pure Python.
+COMPILED := $(VENV)/compiled
+WITH_COMPILED = PYTHONSAFEPATH=1; PYTHONPATH="$(abspath $(COMPILED)):$(CURDIR)"; export PYTHONSAFEPATH PYTHONPATH
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help run test lint format install lock clean
+.PHONY: help run test test-compiled bench lint format install lock clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:
 	@echo 'make run     start the gateway with a Redis of its own (ARGS="--port 8080" are passed on)'
-	@echo 'make test    every check and every test (PYTEST_ARGS="-k pipeline" are passed on)'
+	@echo 'make test    every check and every test, in pure Python and compiled (PYTEST_ARGS="-k pipeline" are passed on)'
+	@echo 'make bench   how fast it is beside what else there is (BENCH_ARGS="single --rounds 9" are passed on)'
 	@echo 'make lint    the checks alone: ruff, mypy, direction of imports'
 	@echo 'make format  let ruff put the code in shape'
 	@echo 'make lock    pin the newest releases of everything that is installed'
 	@echo 'make clean   remove what the others made, but no data'
 
-run: $(STAMPS)/local $(PACKAGE)
-	@exec $(BIN)/redisgate dev $(ARGS)
+run: $(STAMPS)/local $(STAMPS)/compiled
+	@$(WITH_COMPILED); exec $(BIN)/python -m redisgate dev $(ARGS)
 
-test: lint $(JS)/node_modules/.package-lock.json
+bench: $(STAMPS)/bench $(STAMPS)/compiled
+	@$(WITH_COMPILED); exec $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+test: lint $(JS)/node_modules/.package-lock.json $(STAMPS)/compiled
 	@$(WITH_NODE); \
 	if server=$$(command -v redis-server || command -v valkey-server); then \
 	  echo "==> the tests use $$server: $$("$$server" --version)"; \
@@ -54,7 +65,14 @@ test: lint $(JS)/node_modules/.package-lock.json
 	    "What needs Redis 7 is skipped. For all tests: apt-get install redis-server"; \
 	fi; \
 	echo "==> the tests of the JavaScript clients use node $$(node --version)"; \
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	echo "==> in pure Python"; \
+	$(BIN)/python -m pytest $(PYTEST_ARGS) || exit; \
+	if ls $(COMPILED)/redisgate/gateway.*.so >/dev/null 2>&1; then \
+	  echo "==> compiled"; $(WITH_COMPILED); $(BIN)/python -m pytest $(PYTEST_ARGS); \
+	else \
+	  echo "==> WARNING: nothing could be compiled here (a C compiler or Python's headers are missing);" \
+	    "only the pure form was tested"; \
+	fi
 
 lint: $(STAMPS)/dev $(PACKAGE)
 	$(BIN)/ruff check
@@ -88,6 +106,10 @@ $(STAMPS)/dev: requirements/dev.txt | $(STAMPS)/venv
 	$(PIP) install --quiet --require-hashes -r $<
 	@touch $@ $(STAMPS)/local
 
+$(STAMPS)/bench: requirements/bench.txt $(STAMPS)/dev
+	$(PIP) install --quiet --require-hashes -r $<
+	@touch $@
+
 $(STAMPS)/node: requirements/node.txt | $(STAMPS)/venv
 	$(PIP) install --quiet --require-hashes -r $<
 	@mkdir -p $(NODE) && ln -sf ../bin/node ../bin/npm $(NODE)/
@@ -97,8 +119,18 @@ $(STAMPS)/node: requirements/node.txt | $(STAMPS)/venv
 $(PACKAGE): setup.cfg pyproject.toml | $(STAMPS)/venv
 	@test -e $(STAMPS)/local || $(MAKE) --no-print-directory $(STAMPS)/local
 	@rm -rf build/__editable__.* $(STAMPS)/package-*
-	$(PIP) install --quiet --no-index --no-deps --no-build-isolation --config-settings editable_mode=strict --editable .
+	REDISGATE_BUILD=pure $(PIP) install --quiet --no-index --no-deps --no-build-isolation \
+	  --config-settings editable_mode=strict --editable .
 	@touch $@
+
+# From a copy: what setuptools leaves in build/ would be found again by the editable install.
+$(STAMPS)/compiled: $(SOURCE_FILES) setup.py setup.cfg pyproject.toml | $(STAMPS)/venv
+	@test -e $(STAMPS)/local || $(MAKE) --no-print-directory $(STAMPS)/local
+	@echo "compiling, which takes half a minute"
+	@rm -rf $(COMPILED) $(VENV)/source && mkdir -p $(VENV)/source
+	@cp -R setup.py setup.cfg pyproject.toml README.md LICENSE resp redisgate control templates migrations $(VENV)/source
+	$(PIP) install --quiet --no-index --no-deps --no-build-isolation --target $(COMPILED) $(VENV)/source
+	@rm -rf $(VENV)/source && touch $@
 
 # npm writes this file last; node comes from PATH, or from a wheel where PATH has none that is new enough
 $(JS)/node_modules/.package-lock.json: $(JS)/package-lock.json $(JS)/package.json | $(STAMPS)/venv
@@ -118,6 +150,7 @@ lock: $(STAMPS)/venv
 	$(UV_COMPILE) --upgrade --extra embedded setup.cfg requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg requirements/local.in -o requirements/local.txt
 	$(UV_COMPILE) -c requirements/dev.txt setup.cfg -o requirements/runtime.txt
+	$(UV_COMPILE) -c requirements/dev.txt requirements/bench.in -o requirements/bench.txt
 	$(UV_COMPILE) --upgrade requirements/node.in -o requirements/node.txt
 	cd $(JS) && npm install --package-lock-only --ignore-scripts --omit-lockfile-registry-resolved
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failure, 2 for wrong usage or settings."""
     arguments = sys.argv[1:] if argv is None else argv
     if arguments in (["version"], ["--version"]):
-        print(f"redisgate {redisgate.__version__}")
+        print(f"redisgate {redisgate.__version__} ({redisgate.build_form()})")
         return 0
     options = vars(build_parser().parse_args(arguments))
     command = options.pop("command")

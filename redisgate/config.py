@@ -13,7 +13,7 @@ import re
 import secrets
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
         value = setting.default if raw is None else _parse(setting.parse, raw, source)
         (limits if setting.limit else general)[setting.name] = value
     instances = [_instance(table, index, where, environ) for index, table in enumerate(instance_tables)]
-    tokens = [_token(table, index, where, environ, instances, cwd) for index, table in enumerate(token_tables)]
+    instance_ids = {instance.id for instance in instances}
+    tokens = [_token(table, index, where, environ, instance_ids, cwd) for index, table in enumerate(token_tables)]
     _from_environment(environ, instances, tokens)
     if not instances or srh.is_set(environ):
         found = srh.load(environ, cwd, flags.get("srh_tokens"))
@@ -448,7 +449,7 @@ def _address(url: str, where: str) -> Address:
 
 
 def _token(
-    table: Any, index: int, file: str, environ: Mapping[str, str], instances: list[InstanceConfig], cwd: Path
+    table: Any, index: int, file: str, environ: Mapping[str, str], instance_ids: Set[str], cwd: Path
 ) -> TokenConfig:
     where = f"{file}: tokens[{index}]"
     values = _table(table, TOKEN_KEYS, where)
@@ -462,9 +463,9 @@ def _token(
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(f"{where}: a token is printable ASCII without spaces")
     password = _secret(values, "password", where, environ, None)
-    if len(instances) == 1:
-        values.setdefault("instance", instances[0].id)
-    if values.get("instance") not in [instance.id for instance in instances]:
+    if len(instance_ids) == 1:
+        values.setdefault("instance", next(iter(instance_ids)))
+    if values.get("instance") not in instance_ids:
         raise ConfigError(f"{where}: there is no instance {values.get('instance')!r}")
     user = values.pop("user", None)
     if password is not None and user is None:

@@ -547,6 +547,8 @@ def validate_names(scope: Scope, table: CommandTable) -> list[str]:
 
     Names with a dot belong to modules, which the table may not have learned: they are taken as they are.
     """
+    if not scope.allow and not scope.deny:
+        return []
     names: set[str] = set()
     categories = {"@all"}
     for top in table:

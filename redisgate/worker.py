@@ -12,6 +12,7 @@ import socket
 
 import uvloop
 
+import redisgate
 from redisgate.access import AccessTable, Grant, Instance, token_digest
 from redisgate.config import Settings
 from redisgate.gateway import Gateway
@@ -85,7 +86,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
     os.write(ready_fd, b"1")
     os.close(ready_fd)
-    log.info("worker %d serves", index)
+    log.info("worker %d serves, %s", index, redisgate.build_form())
     await stop.wait()
     log.info("worker %d drains", index)
     gateway.draining = True

@@ -4,7 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 
+import redisgate
 from tests.servers import Gateway, RedisServer, single_instance
+
+
+def pytest_report_header() -> str:
+    return f"redisgate {redisgate.__version__}, {redisgate.build_form()}"
 
 
 @pytest.fixture(scope="session")

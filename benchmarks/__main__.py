@@ -1,0 +1,76 @@
+"""`python -m benchmarks`, which is `make bench`: asks the questions, shows and keeps the answers."""
+
+import argparse
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import redisgate
+from benchmarks import bars, chart
+from benchmarks.bench import Bench, grid
+from benchmarks.load import machine
+from benchmarks.peers import REQUIRED, STARTERS, Missing
+from benchmarks.questions import QUESTIONS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make bench", description="How fast RedisGate is, beside what else there is.")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS)}; default: all")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of load per case and turn (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns (5)")
+    parser.add_argument("--only", default=",".join(STARTERS), help=f"of the servers {','.join(STARTERS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument(
+        "--record", type=Path, metavar="DIR", help="write benchmarks.json and benchmarks.svg here; needs every server"
+    )
+    options = parser.parse_args()
+    unknown = [name for name in options.questions if name not in QUESTIONS]
+    if unknown:
+        parser.error(f"there is no question {unknown[0]!r}; choose from {', '.join(QUESTIONS)}")
+    asked = options.questions or list(QUESTIONS)
+    form = redisgate.build_form()
+    about = {"date": datetime.date.today().isoformat(), "form": form, **machine()}
+    print(f"RedisGate ({form}) on {about['cores']} cores, {about['cpu']}, Python {about['python']}")
+    try:
+        bench = Bench(options.seconds, options.rounds, tuple(options.only.split(",")))
+    except Missing as reason:
+        print(f"MISSING: {reason}", file=sys.stderr)
+        return 1
+    try:
+        lacking = [name for name in REQUIRED if bench.peer(name) is None]
+        if options.record is not None and lacking:
+            print(f"a recorded run needs {', '.join(lacking)}", file=sys.stderr)
+            return 1
+        for number, name in enumerate(asked, 1):
+            bench.step = f"[{number}/{len(asked)}]"
+            try:
+                QUESTIONS[name].run(bench)
+            except Missing as reason:
+                bench.missing[name] = str(reason)
+                bench.say(f"MISSING: {name} was not asked: {reason}")
+                if options.record is not None:
+                    return 1
+    except KeyboardInterrupt:
+        bench.say("interrupted")
+        return 130
+    finally:
+        bench.close()
+    lines = bars.rows(bench.results)
+    if lines:
+        print("\nthe bars\n\n" + grid([["question", "bar", "measured", ""], *lines]))
+    for name, reason in bench.missing.items():
+        print(f"MISSING: {name}: {reason}")
+    document = {"about": about, "results": bench.results, "missing": bench.missing}
+    if options.json is not None:
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.record is not None:
+        options.record.mkdir(parents=True, exist_ok=True)
+        (options.record / "benchmarks.json").write_text(json.dumps(document, indent=1) + "\n")
+        if bars.GET_64 in bench.results:
+            (options.record / "benchmarks.svg").write_text(chart.single_get(bench.results[bars.GET_64]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
