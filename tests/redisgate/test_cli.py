@@ -27,7 +27,7 @@ def run(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProce
 def test_version(tmp_path: Path) -> None:
     for word in ("version", "--version"):
         done = run(word, cwd=tmp_path)
-        assert (done.returncode, done.stdout) == (0, f"redisgate {redisgate.__version__}\n")
+        assert (done.returncode, done.stdout) == (0, f"redisgate {redisgate.__version__} ({redisgate.build_form()})\n")
 
 
 def test_help_names_every_command_and_flag(tmp_path: Path) -> None:
