@@ -5,13 +5,17 @@ import datetime
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import redisgate
 from benchmarks import bars, chart
-from benchmarks.bench import Bench, grid
+from benchmarks.bench import Bench, grid, table
 from benchmarks.load import machine
 from benchmarks.peers import REQUIRED, STARTERS, Missing
 from benchmarks.questions import QUESTIONS
+
+START_OF_RESULTS = "<!-- results:"
+END_OF_RESULTS = "<!-- end of results -->"
 
 
 def main() -> int:
@@ -22,7 +26,7 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(STARTERS), help=f"of the servers {','.join(STARTERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument(
-        "--record", type=Path, metavar="DIR", help="write benchmarks.json and benchmarks.svg here; needs every server"
+        "--record", type=Path, metavar="DIR", help="write into benchmarks.md, .json and .svg here; needs every server"
     )
     options = parser.parse_args()
     unknown = [name for name in options.questions if name not in QUESTIONS]
@@ -61,15 +65,36 @@ def main() -> int:
         print("\nthe bars\n\n" + grid([["question", "bar", "measured", ""], *lines]))
     for name, reason in bench.missing.items():
         print(f"MISSING: {name}: {reason}")
-    document = {"about": about, "results": bench.results, "missing": bench.missing}
+    document: dict[str, Any] = {"about": about, "results": bench.results, "missing": bench.missing}
     if options.json is not None:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.record is not None:
-        options.record.mkdir(parents=True, exist_ok=True)
-        (options.record / "benchmarks.json").write_text(json.dumps(document, indent=1) + "\n")
-        if bars.GET_64 in bench.results:
-            (options.record / "benchmarks.svg").write_text(chart.single_get(bench.results[bars.GET_64]))
+        _record(options.record, document, lines)
     return 0
+
+
+def _record(directory: Path, document: dict[str, Any], lines: list[list[str]]) -> None:
+    """Write the figures, the chart, and the part of the page that shows them."""
+    (directory / "benchmarks.json").write_text(json.dumps(document, indent=1) + "\n")
+    about, results = document["about"], document["results"]
+    parts = [
+        f"## Last measured\n\n{about['date']}, {about['cores']} cores of {about['cpu']}, Linux {about['kernel']}, "
+    ]
+    parts.append(f"Python {about['python']}, RedisGate {about['form']}.\n")
+    if bars.GET_64 in results:
+        (directory / "benchmarks.svg").write_text(chart.single_get(results[bars.GET_64]))
+        parts.append("\n![Single GET: requests per second and CPU per request](benchmarks.svg)\n")
+    parts.append("\n" + grid([["question", "bar", "measured", ""], *lines]) + "\n")
+    parts.append("\n<details><summary>All figures</summary>\n")
+    parts += [table(f"**{question}**", cases) + "\n" for question, cases in results.items()]
+    parts.append("\n</details>\n")
+    page = directory / "benchmarks.md"
+    head, marker, rest = page.read_text().partition(START_OF_RESULTS)
+    _, end, tail = rest.partition(END_OF_RESULTS)
+    if not marker or not end:
+        raise SystemExit(f"{page} lacks the lines {START_OF_RESULTS} … {END_OF_RESULTS}")
+    first_line = rest.partition("\n")[0]
+    page.write_text(f"{head}{marker}{first_line}\n\n{''.join(parts)}\n{end}{tail}")
 
 
 if __name__ == "__main__":
