@@ -23,7 +23,7 @@ NODE := $(VENV)/node
 WITH_NODE = PATH="$(abspath $(NODE)):$$PATH"; export PATH
 
 # A strict editable install links each file by itself, so a file that comes or goes calls for a new one.
-SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control templates migrations)))
+SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control control/provisioners control/routes templates migrations)))
 SOURCES_ID := $(shell echo '$(filter-out %__pycache__,$(SOURCES))' | cksum | cut -d ' ' -f 1)
 PACKAGE := $(STAMPS)/package-$(SOURCES_ID)
 
