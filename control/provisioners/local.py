@@ -172,10 +172,10 @@ class _Home:
         if identity is not None and os.geteuid() == 0:
             # Not the files in it: they are its own already, or what somebody put there.
             os.chown(self.data, *identity, follow_symlinks=False)
-        new = self.path / "redis.conf.new"
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        descriptor, new = tempfile.mkstemp(prefix="redis.conf.", dir=self.path)
+        with open(descriptor, "w") as file:
             file.write(configuration)
-        new.rename(self.path / "redis.conf")
+        os.rename(new, self.path / "redis.conf")
 
     def locked(self) -> bool:
         """Whether a process of it lives."""
