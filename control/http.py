@@ -45,8 +45,6 @@ SESSION_COOKIE: Final = "redisgate_session"
 MAX_PAGE_LIMIT: Final = 100
 """Items on one page of a list."""
 MAX_PAGE: Final = 1_000_000
-MAX_LOGGED_ID: Final = 64
-"""Characters of a request id that a caller may bring."""
 RETRY_SECONDS: Final = 2
 """After which a client tries again when PostgreSQL is away."""
 
@@ -57,7 +55,7 @@ ADMINISTRATORS_MAY: Final = frozenset({"quota.update"})
 
 _SAFE_METHODS = ("GET", "HEAD")
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,%d}" % MAX_LOGGED_ID)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 log = logging.getLogger(__name__)
 
@@ -705,15 +703,19 @@ def envelope(status: int, success: bool, data: object, message: str) -> Response
     return Response(msgspec.json.encode(document, enc_hook=_encode), status, media_type="application/json")
 
 
+_AS_TEXT = (
+    ipaddress.IPv4Address,
+    ipaddress.IPv6Address,
+    ipaddress.IPv4Network,
+    ipaddress.IPv6Network,
+    ipaddress.IPv4Interface,
+    ipaddress.IPv6Interface,
+)
+
+
 def _encode(value: Any) -> Any:
-    if isinstance(value, ipaddress.IPv4Address | ipaddress.IPv6Address):
+    if isinstance(value, _AS_TEXT):
         return str(value)
-    if isinstance(
-        value, ipaddress.IPv4Network | ipaddress.IPv6Network | ipaddress.IPv4Interface | ipaddress.IPv6Interface
-    ):
-        return str(value)
-    if isinstance(value, Mapping):
-        return dict(value)
     if hasattr(value, "items"):
-        return dict(value.items())  # asyncpg.Record
+        return dict(value.items())  # a row of the database, a mapping
     raise TypeError(f"{type(value).__name__} is nothing to send")
