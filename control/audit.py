@@ -26,10 +26,11 @@ from uuid import UUID
 import msgspec
 
 from control.database import Connection, Database, Record
+from control.duties import duty
 from control.tokens import derive_key, key_id
 
 if TYPE_CHECKING:
-    from control.http import ApiRequest
+    from control.http import ApiRequest, Context
 
 MAX_TEXT: Final = 1000
 """Characters of one text column."""
@@ -127,7 +128,7 @@ async def record(
         outcome,
         head["before_text"],
         head["after_text"],
-        None if actor.address is None else str(ip_address(actor.address)),
+        _address(actor.address),
         _text(actor.request_id),
     )
     mac = actor.audit.code(key, head["mac"] or _NO_EVENT, _signed(sequence, head["at"], values, key))
@@ -144,9 +145,7 @@ async def record(
 
 
 def _actor(acting: Acting) -> Actor:
-    if isinstance(acting, Actor):
-        return acting
-    return acting.actor()
+    return acting if isinstance(acting, Actor) else acting.actor()
 
 
 def _signed(sequence: int, at: datetime, values: Iterable[object], key: str) -> list[str | int | None]:
@@ -160,6 +159,13 @@ def _text(value: str | None) -> str | None:
     if value is None:
         return None
     return value[:MAX_TEXT].replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def _address(value: str | None) -> str | None:
+    # As PostgreSQL will show it ever after; a zone (fe80::1%eth0) means nothing elsewhere.
+    if not value:
+        return None
+    return str(ip_address(value.partition("%")[0]))
 
 
 def _json(values: Mapping[str, object] | None) -> str | None:
@@ -281,6 +287,13 @@ async def current_head(connection: Connection) -> Head | None:
     """The last event; None while there is none."""
     row = await connection.fetchrow("SELECT sequence, mac FROM audit_events ORDER BY sequence DESC LIMIT 1")
     return None if row is None else Head(row["sequence"], row["mac"])
+
+
+@duty("audit head", every=60)
+async def note_head_of(context: "Context") -> None:
+    """The steward's part: the head into the log and into this host's file."""
+    async with context.database.connection() as connection:
+        await note_head(connection, head_file(context.gateway_settings.state_dir))
 
 
 def head_file(state_dir: Path) -> Path:
@@ -410,7 +423,7 @@ async def verify_database(database: Database, audit: Audit, state_dir: Path, log
     """
     heads = await asyncio.to_thread(_read_heads, head_file(state_dir))
     for path in logs:
-        heads += await asyncio.to_thread(lambda path=path: parse_heads(path.read_text(errors="replace")))
+        heads += parse_heads(await asyncio.to_thread(path.read_text, errors="replace"))
     async with database.transaction() as connection:
         await connection.execute("SET LOCAL statement_timeout = 0")
         return await verify(connection, audit, heads)
