@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 import redisgate
 from redisgate.access import AccessTable, Backend, Grant
@@ -43,17 +43,32 @@ _BODY_METHODS = (b"POST", b"PUT")
 _COMMAND_METHODS = (b"GET", b"POST", b"PUT", b"HEAD")
 _STREAMS = (b"subscribe", b"psubscribe", b"monitor")
 _CORS_MAX_AGE = b"86400"
-_CONTROL_PLANE = b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split()
+_CONTROL_PLANE = (
+    b"login logout register reset invitations dashboard admin auth api static metrics stats docs openapi.json"
+).split()
 
 log = logging.getLogger(__name__)
 
 Argv = list[bytes]
 
 
+class ControlPlane(Protocol):
+    """What answers the reserved paths of the main host."""
+
+    def handle(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        """Answer one whole request; `path` as it came, percent signs and all."""
+        ...
+
+
 class Gateway:
     """The data plane of one worker."""
 
-    def __init__(self, settings: Settings, access: AccessTable, tokens: RestTokens) -> None:
+    def __init__(
+        self, settings: Settings, access: AccessTable, tokens: RestTokens, control: ControlPlane | None = None
+    ) -> None:
+        self._control = control
         self._settings = settings
         self._access = access
         self._tokens = tokens
@@ -73,11 +88,11 @@ class Gateway:
             b"psubscribe": self._psubscribe,
             b"monitor": self._monitor,
         }
-        self._reserved: dict[bytes, Callable[[HttpConnection, bytes, bytes, Head], None]] = {
+        self._reserved: dict[bytes, Callable[[HttpConnection, bytes, bytes, bytes, Head, bytes], None]] = {
             b"health": self._health,
-            b"version": self._version,
+            b"version": self._version if control is None else control.handle,
         }
-        self._reserved |= dict.fromkeys(_CONTROL_PLANE, self._not_built)
+        self._reserved |= dict.fromkeys(_CONTROL_PLANE, self._not_built if control is None else control.handle)
         self._special = frozenset(self._endpoints) | frozenset(self._reserved) | {b"redis", b""}
 
     # Once per header block
@@ -143,10 +158,7 @@ class Gateway:
                 grant = self._access.lookup(query_token)
         argv = split_path(target)
         if method not in _COMMAND_METHODS:
-            if method == b"OPTIONS":
-                self._preflight(connection, head)
-            else:
-                Exchange(connection, head, method).error(405, b"ERR method not allowed", ALLOW)
+            self._other_method(connection, method, target, query if appended is not None else b"", head, body)
             return
         # Of which instance, if the address names one; every path is a command there.
         reference: str | None = self._label(head) if self._host_suffix else None
@@ -157,7 +169,8 @@ class Gateway:
                 argv = argv[2:] or [b""]
                 special = argv[0] in self._special
             elif argv[0] in self._reserved:
-                self._reserved[argv[0]](connection, method, target, head)
+                query = query if appended is not None else b""
+                self._reserved[argv[0]](connection, method, target, query, head, body)
                 return
             elif argv == [b""] and method not in _BODY_METHODS:
                 self._welcome(connection, method, head)
@@ -541,7 +554,25 @@ class Gateway:
 
     # What is no command
 
-    def _preflight(self, connection: HttpConnection, head: Head) -> None:
+    def _other_method(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        """What no command is sent by; the control plane's resources have more methods."""
+        ours = (
+            self._control is not None
+            and split_path(path)[0] in self._reserved
+            and (not self._host_suffix or self._label(head) is None)
+        )
+        if method == b"OPTIONS":
+            self._preflight(
+                connection, head, b"GET, HEAD, POST, PUT, PATCH, DELETE" if ours else b"GET, HEAD, POST, PUT"
+            )
+        elif ours:
+            self._reserved[split_path(path)[0]](connection, method, path, query, head, body)
+        else:
+            Exchange(connection, head, method).error(405, b"ERR method not allowed", ALLOW)
+
+    def _preflight(self, connection: HttpConnection, head: Head, methods: bytes) -> None:
         exchange = Exchange(connection, head, b"OPTIONS")
         if not head.preflight or head.origin is None or b"Access-Control-Allow-Origin" not in head.extra:
             exchange.error(405, b"ERR method not allowed", ALLOW)
@@ -550,10 +581,10 @@ class Gateway:
             204,
             b"",
             b"text/plain",
-            b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT\r\n"
+            b"Access-Control-Allow-Methods: %b\r\n"
             b"Access-Control-Allow-Headers: Authorization, Content-Type, Upstash-Encoding, Upstash-Response-Format,"
             b" Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform, Upstash-Telemetry-Runtime\r\n"
-            b"Access-Control-Max-Age: %b\r\n" % _CORS_MAX_AGE,
+            b"Access-Control-Max-Age: %b\r\n" % (methods, _CORS_MAX_AGE),
         )
 
     def _welcome(self, connection: HttpConnection, method: bytes, head: Head) -> None:
@@ -564,20 +595,27 @@ class Gateway:
             b"application/json",
         )
 
-    def _health(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
-        exchange = Exchange(connection, head, method)
-        if path not in (b"/health", b"/health/", b"/health/live", b"/health/ready"):
-            exchange.error(404, b"ERR no such page")
-        elif self.draining and path == b"/health/ready":
-            exchange.respond(503, b'{"status":"draining"}', b"application/json", RETRY_AFTER)
+    def _health(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        if self.draining and path == b"/health/ready":
+            Exchange(connection, head, method).respond(503, b'{"status":"draining"}', b"application/json", RETRY_AFTER)
+        elif self._control is not None:
+            self._control.handle(connection, method, path, query, head, body)
+        elif path in (b"/health", b"/health/", b"/health/live", b"/health/ready"):
+            Exchange(connection, head, method).respond(200, b'{"status":"ok"}', b"application/json")
         else:
-            exchange.respond(200, b'{"status":"ok"}', b"application/json")
+            Exchange(connection, head, method).error(404, b"ERR no such page")
 
-    def _version(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
-        body = b'{"name":"RedisGate","version":%b}' % quote(redisgate.__version__.encode())
-        Exchange(connection, head, method).respond(200, body, b"application/json")
+    def _version(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        answer = b'{"name":"RedisGate","version":%b}' % quote(redisgate.__version__.encode())
+        Exchange(connection, head, method).respond(200, answer, b"application/json")
 
-    def _not_built(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
+    def _not_built(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
         Exchange(connection, head, method).error(
             404, b"ERR this path is reserved for the control plane, which this gateway does not have"
         )
