@@ -10,6 +10,7 @@ connections that do nothing but record and commit get 700 events a second throug
 """
 
 import asyncio
+import dataclasses
 import hmac
 import json
 import logging
@@ -142,6 +143,11 @@ async def record(
         key,
         mac,
     )
+
+
+def as_user(acting: Acting, user_id: UUID, name: str) -> Actor:
+    """Somebody who has just shown who they are, from where `acting` came."""
+    return dataclasses.replace(_actor(acting), kind="user", id=user_id, name=name)
 
 
 def _actor(acting: Acting) -> Actor:

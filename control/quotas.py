@@ -158,9 +158,8 @@ async def set_quota(
             platform.
         NotFound: there is no such organization.
     """
-    row = await _lock(connection, organization_id)
-    old = _limits(row)
-    plan = PLANS[row["plan"]]
+    plan_name, old = await _lock(connection, organization_id)
+    plan = PLANS[plan_name]
     missing = {
         name: "must be a number" for name in ("max_instances", "max_memory", "max_api_keys") if _is_none(wanted, name)
     }
@@ -174,9 +173,9 @@ async def set_quota(
     if above and not platform_admin:
         names = ", ".join(_PUBLIC[name] for name in above)
         raise Forbidden(
-            f"{names}: the {row['plan']} plan does not allow that much; only an administrator of the platform can raise"
+            f"{names}: the {plan_name} plan does not allow that much; only an administrator of the platform can raise"
             " an organization above its plan",
-            {"plan": row["plan"], "plan_limits": shown_limits(plan)},
+            {"plan": plan_name, "plan_limits": shown_limits(plan)},
         )
     new = dataclasses.replace(old, **wanted)
     if new != old:
@@ -186,7 +185,7 @@ async def set_quota(
             organization_id,
             *dataclasses.astuple(new),
         )
-    quota = Quota(organization_id, row["plan"], new, await _usage(connection, organization_id))
+    quota = Quota(organization_id, plan_name, new, await _usage(connection, organization_id))
     if new != old:
         changed = {name for name in wanted if getattr(new, name) != getattr(old, name)}
         await record(
@@ -207,7 +206,7 @@ async def set_plan(connection: Connection, acting: Acting, organization_id: UUID
     Raises:
         NotFound: there is no such organization.
     """
-    row = await _lock(connection, organization_id)
+    old_plan, old = await _lock(connection, organization_id)
     limits = PLANS[plan]
     await connection.execute(
         "UPDATE organizations SET plan = $2, updated_at = now() WHERE id = $1", organization_id, plan
@@ -224,7 +223,7 @@ async def set_plan(connection: Connection, acting: Acting, organization_id: UUID
         acting,
         "organization.plan",
         ("organization", organization_id),
-        {"plan": row["plan"]} | shown_limits(_limits(row)),
+        {"plan": old_plan} | shown_limits(old),
         {"plan": plan} | shown_limits(limits),
         organization_id=organization_id,
     )
@@ -271,8 +270,7 @@ async def reserve_instance(
         QuotaExceeded: it does not fit; `data` has the numbers.
         NotFound: there is no such organization.
     """
-    row = await _lock(connection, organization_id)
-    limits = _limits(row)
+    _, limits = await _lock(connection, organization_id)
     used = await connection.fetchrow(
         "SELECT count(*) AS instances, coalesce(sum(max_memory), 0)::bigint AS memory,"
         " max(max_memory) FILTER (WHERE id = $2) AS own FROM instances"
@@ -310,8 +308,7 @@ async def reserve_api_key(connection: Connection, organization_id: UUID) -> None
         QuotaExceeded: it does not fit; `data` has the numbers.
         NotFound: there is no such organization.
     """
-    row = await _lock(connection, organization_id)
-    limits = _limits(row)
+    _, limits = await _lock(connection, organization_id)
     used = await connection.fetchval(_LIVE_KEYS, organization_id)
     if used + 1 > limits.max_api_keys:
         raise QuotaExceeded(
@@ -326,17 +323,29 @@ _LIVE_KEYS: Final = (
 )
 
 
-async def _lock(connection: Connection, organization_id: UUID) -> Record:
-    """The quota row, ours until the transaction ends. Read before the lock was had, the counts would be stale: they are
-    read by statements of their own, which see what was committed meanwhile."""
-    row = await connection.fetchrow(
-        "SELECT o.plan, q.* FROM quotas q JOIN organizations o ON o.id = q.organization_id"
-        " WHERE q.organization_id = $1 AND o.deleted_at IS NULL FOR UPDATE OF q",
-        organization_id,
+async def _lock(connection: Connection, organization_id: UUID) -> tuple[str, Limits]:
+    """Plan and limits; the quota row is ours until the transaction ends.
+
+    What is read in the same statement that waits for a lock may be older than the lock; so the organization, and later
+    the counts, are read by statements of their own, which see all that was committed meanwhile.
+    """
+    row = await connection.fetchrow("SELECT * FROM quotas WHERE organization_id = $1 FOR UPDATE", organization_id)
+    plan = await connection.fetchval(
+        "SELECT plan FROM organizations WHERE id = $1 AND deleted_at IS NULL", organization_id
     )
-    if row is None:
+    if row is None or plan is None:
         raise NotFound("there is no such organization")
-    return row
+    return plan, _limits(row)
+
+
+async def lock_usage(connection: Connection, organization_id: UUID) -> Usage:
+    """What is used, while nobody can reserve anything until this transaction ends.
+
+    Raises:
+        NotFound: there is no such organization.
+    """
+    await _lock(connection, organization_id)
+    return await _usage(connection, organization_id)
 
 
 def _limits(row: Record) -> Limits:
