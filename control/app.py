@@ -2,7 +2,7 @@
 
 import importlib
 from collections import defaultdict
-from typing import Any, Final
+from typing import Final
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -16,7 +16,9 @@ from control.database import Database
 from control.encryption import Encryption
 from control.http import ENDPOINTS, ApiError, Context, Endpoint, failure
 from control.instance_tokens import InstanceTokens
+from control.mailer import make_mailer
 from control.passwords import Passwords
+from control.throttle import Throttle
 from control.tokens import Tokens
 from redisgate.config import Settings
 
@@ -48,27 +50,11 @@ def make_context(configured: Settings, *, name: str = "redisgate") -> Context:
             threads=control.argon2_threads,
             max_waiting=MAX_WAITING_PASSWORDS,
         ),
-        _mailer(configured),
-        _throttle(configured),
+        make_mailer(configured),
+        Throttle(secrets),
         Audit(settings.audit_keys(configured)),
         Encryption(settings.encryption_keys(configured)),
     )
-
-
-def _mailer(configured: Settings) -> Any:
-    try:
-        from control import mailer
-    except ImportError:
-        return None
-    return mailer.make_mailer(configured)
-
-
-def _throttle(configured: Settings) -> Any:
-    try:
-        from control.throttle import Throttle
-    except ImportError:
-        return None
-    return Throttle(settings.secret_keys(configured))
 
 
 def load_endpoints() -> dict[str, dict[str, Endpoint]]:

@@ -10,6 +10,8 @@ document and the tests of every role on every route are made from it.
 What it returns becomes `data` of the envelope; a `Reply` says more; a Starlette response is sent as it is.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import ipaddress
 import logging
@@ -162,7 +164,9 @@ class Context:
         return datetime.fromtimestamp(self.clock(), UTC)
 
     async def close(self) -> None:
-        """End what the context holds."""
+        """End what the context holds; mails that wait have a second to leave."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.mailer.flush(), 1.0)
         self.passwords.close()
         await self.database.close()
 
@@ -317,7 +321,8 @@ class Endpoint:
     message: str = ""
     """What the envelope says by default."""
     content_type: str = "application/json"
-    """Anything else is sent without the envelope."""
+    enveloped: bool = True
+    """False: the handler's own response is the answer."""
 
     @property
     def parameters(self) -> list[str]:
@@ -356,6 +361,7 @@ def endpoint(
     tags: Sequence[str] = (),
     message: str = "",
     content_type: str = "application/json",
+    enveloped: bool = True,
 ) -> Callable[[Handler], Handler]:
     """Make the decorated function answer `method` on `path`; see the module."""
     if permission not in SPECIAL_PERMISSIONS:
@@ -368,9 +374,21 @@ def endpoint(
         if (path, method) in ENDPOINTS:
             raise ValueError(f"{method} {path} is registered twice")
         ENDPOINTS[path, method] = Endpoint(
-            method, path, permission, handler, body, query, response, listing, status, summary, tuple(tags), message,
-            content_type,
-        )  # fmt: skip
+            method=method,
+            path=path,
+            permission=permission,
+            handler=handler,
+            body=body,
+            query=query,
+            response=response,
+            listing=listing,
+            status=status,
+            summary=summary,
+            tags=tuple(tags),
+            message=message,
+            content_type=content_type,
+            enveloped=enveloped and content_type == "application/json",
+        )
         return handler
 
     return register

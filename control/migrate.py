@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 
 import asyncpg
 
-from control.database import close, connect, is_away
+from control.database import DatabaseAway, close, connect, is_away
 from redisgate.config import ConfigError, ControlSettings
 
 LOCK = 0x7265646973676174
@@ -144,7 +144,7 @@ async def migrate(settings: ControlSettings, directory: Path | None = None) -> l
 
     Raises:
         MigrationError: it cannot be done.
-        DatabaseAway, OSError, asyncpg.PostgresError: PostgreSQL cannot be reached.
+        Exception: PostgreSQL cannot be reached, as `unreachable` tells.
     """
     migrations = known(directory)
     url = migration_url(settings)
@@ -235,6 +235,11 @@ def migration_url(settings: ControlSettings) -> str:
     return settings.database_migration_url or settings.database_direct_url or settings.database_url
 
 
+def unreachable(error: BaseException) -> bool:
+    """Whether an exception of `migrate` says that PostgreSQL cannot be reached, or does not let us in."""
+    return isinstance(error, DatabaseAway | asyncpg.InvalidAuthorizationSpecificationError) or is_away(error)
+
+
 def role_of(url: str) -> str:
     """The user that a database URL names."""
     return unquote(urlsplit(url).username or "")
@@ -251,7 +256,9 @@ def run(settings: ControlSettings, *, status: bool, new: str | None) -> int:
         return asyncio.run(_show_status(settings) if status else _migrate_and_tell(settings))
     except MigrationError as error:
         print(f"redisgate: {error}", file=sys.stderr)
-    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except Exception as error:
+        if not unreachable(error):
+            raise
         print(f"redisgate: PostgreSQL cannot be reached: {error or type(error).__name__}", file=sys.stderr)
     return 1
 

@@ -1,4 +1,4 @@
-"""The command line: `redisgate serve`, `dev`, `check`, `version`."""
+"""The command line: `redisgate serve`, `dev`, `check`, `migrate`, `version`."""
 
 import argparse
 import os
@@ -44,6 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Connect to every configured Redis and say what is wrong and how to mend it.",
     )
     config.add_flags(check)
+    migrate = commands.add_parser(
+        "migrate",
+        help="bring the control plane's database up to date",
+        description="Apply the migrations that the control plane's database lacks. `redisgate serve` does so, too,"
+        " unless --migrate-on-start is false.",
+        epilog="example: DATABASE_URL=postgresql://redisgate@localhost/redisgate redisgate migrate --status",
+    )
+    migrate.add_argument("action", nargs="?", choices=["new"], help="new: begin a migration with the next number")
+    migrate.add_argument("name", nargs="?", help="what the new migration is called")
+    migrate.add_argument("--status", action="store_true", help="only say what is applied and what is not")
+    config.add_flags(migrate)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -65,7 +76,13 @@ def main(argv: list[str] | None = None) -> int:
 
             return run_dev(options["host"], options["port"], Path(options["data"]))
         settings = load(options, environ, cwd)
-        if not settings.instances:
+        if command == "migrate":
+            if (options["action"] == "new") != (options["name"] is not None):
+                raise ConfigError("usage: redisgate migrate new NAME")
+            from control import migrate
+
+            return migrate.run(settings.control, status=options["status"], new=options["name"])
+        if not settings.instances and not settings.control.enabled:
             print(_NOTHING_CONFIGURED, file=sys.stderr)
             return 2
         if command == "check":

@@ -26,6 +26,9 @@ BACKLOG = 4096
 RENEW_USERS_SECONDS = 60.0
 """How often Redis users of their own log in again, so that a changed password ends their tokens."""
 
+PLANE_STOP_SECONDS = 5.0
+"""For the control plane to finish when a worker stops; beyond the time to drain."""
+
 log = logging.getLogger(__name__)
 
 
@@ -60,7 +63,13 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     loop.add_signal_handler(signal.SIGINT, stop.set)
     tokens = RestTokens(settings.secret_key)
     access = build_access(settings, tokens, shared, index)
-    gateway = Gateway(settings, access, tokens)
+    plane = None
+    if settings.control.enabled:
+        # Not imported without a database: the data plane alone starts faster and takes less memory.
+        from control.plane import Plane
+
+        plane = Plane(settings, access, shared, index)
+    gateway = Gateway(settings, access, tokens, plane.http if plane is not None else None)
     http = HttpServer(gateway, settings.limits, ResponseHeads(secrets.token_hex(6).encode()))
     http.start()
     heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
@@ -75,6 +84,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     # costs every request its share.
     gc.collect()
     gc.freeze()
+    if plane is not None:
+        await plane.start()
     server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
     os.write(ready_fd, b"1")
     os.close(ready_fd)
@@ -87,6 +98,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     if left:
         log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
     heartbeat.stop()
+    if plane is not None:
+        await plane.stop(PLANE_STOP_SECONDS)
     access.abort()
     await asyncio.sleep(0)  # transports close in the next turn of the loop
 
@@ -95,3 +108,22 @@ def run(settings: Settings, sock: socket.socket, index: int, shared: SharedState
     """Run one worker in this process until SIGTERM; writes one byte to `ready_fd` when it accepts requests."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings, sock, index, shared, ready_fd))
+
+
+def run_steward(settings: Settings, ready_fd: int) -> None:
+    """Run this host's steward in this process until SIGTERM; writes one byte to `ready_fd` when it is at work."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_steward(settings, ready_fd))
+
+
+async def _steward(settings: Settings, ready_fd: int) -> None:
+    from control import plane
+
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    os.write(ready_fd, b"1")
+    os.close(ready_fd)
+    log.info("the steward is at work")
+    await plane.run_steward(settings, stop)
