@@ -8,6 +8,7 @@ of another organization's slugs by a conflict.
 """
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -22,7 +23,8 @@ import msgspec
 from control import audit, quotas
 from control.addresses import AddressPolicy
 from control.database import Connection, Database, Record
-from control.encryption import Encryption
+from control.duties import duty
+from control.encryption import DecryptionError, Encryption
 from control.http import BadRequest, Conflict, Context, NotFound
 from control.instance_tokens import token_digest
 from control.provisioners import GATEWAY_USER, ProvisionError, Spec, version_matches
@@ -43,6 +45,8 @@ LABEL_SUFFIX: Final = 6
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # nothing that looks like something else
 _TRANSITIONAL = ("pending", "creating", "updating", "stopping", "deleting")
+
+log = logging.getLogger(__name__)
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 Slug = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?$", max_length=50)]
@@ -714,3 +718,33 @@ async def _set(connection: Connection, instance_id: UUID, changes: dict[str, Any
     await connection.execute(
         f"UPDATE instances SET {', '.join(assignments)} WHERE id = $1", instance_id, *changes.values()
     )
+
+
+# For the whole deployment
+
+
+@duty("re-encryption of instances' secrets", every=300)
+async def renew_encryption(context: Context) -> None:
+    """Bring secrets that an older key encrypted under the newest one, so that the older can be dropped."""
+    columns = ("password", "admin_password", "next_password", "token", "readonly_token")
+    current = context.encryption.current_header
+    old = " OR ".join(f"substring({name}_encrypted from 1 for {len(current)}) <> $1" for name in columns)
+    for found in await context.database.fetch(f"SELECT id FROM instances WHERE {old}", current):
+        async with context.database.transaction() as connection:
+            row = await connection.fetchrow("SELECT * FROM instances WHERE id = $1 FOR UPDATE", found["id"])
+            if row is None:
+                continue
+            changes: dict[str, bytes] = {}
+            for name in columns:
+                ciphertext = row[f"{name}_encrypted"]
+                if ciphertext is None or context.encryption.is_current(ciphertext):
+                    continue
+                try:
+                    secret = decrypt(row, name, context.encryption)
+                except DecryptionError as error:
+                    log.error("instance %s: %s cannot be decrypted: %s", row["id"], name, error)
+                    continue
+                assert secret is not None
+                changes[f"{name}_encrypted"] = _encrypt(context.encryption, row["id"], name, secret)
+            if changes:
+                await _set(connection, row["id"], changes, wanted=False)

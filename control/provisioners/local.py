@@ -289,6 +289,7 @@ class LocalProvisioner:
         self.on_death = on_death
         self._children: dict[int, subprocess.Popen[bytes]] = {}  # by process id: those that are ours to reap
         self._watched: dict[UUID, int] = {}  # descriptors that tell of a process's end
+        self._specs: dict[UUID, Spec] = {}  # of what runs, as it was wanted last
         self._endings: dict[UUID, str] = {}  # how the last process ended, where we could see it
 
     # What the reconciler calls
@@ -312,8 +313,19 @@ class LocalProvisioner:
         except OSError as error:
             raise ProvisionError(f"this host cannot run it: {error.strerror or type(error).__name__}") from error
         self._on_step("adjusted")
+        self._specs[spec.id] = spec
         self._watch(spec.id, found)
         return found
+
+    async def start_again(self, instance_id: UUID) -> None:
+        """Start it as it was last wanted, if it was to run and does not: for when nobody can say what is wanted now.
+
+        Raises:
+            ProvisionError: it does not start.
+        """
+        spec = self._specs.get(instance_id)
+        if spec is not None and await self._pid(self._home(instance_id)) is None:
+            await self.ensure(spec)
 
     async def alive(self, spec: Spec) -> str | None:
         """See `Provisioner.alive`."""
@@ -330,7 +342,7 @@ class LocalProvisioner:
     async def stop(self, spec: Spec) -> None:
         """See `Provisioner.stop`."""
         home = self._home(spec.id)
-        self._unwatch(spec.id)
+        self._forget(spec.id)
         await self._signal(home, signal.SIGTERM)
         if not await self._wait_until_it_is_gone(home, STOP_SECONDS):
             log.warning("instance %s did not stop within %g s; killed", spec.id, STOP_SECONDS)
@@ -340,7 +352,7 @@ class LocalProvisioner:
     async def destroy(self, spec: Spec) -> None:
         """See `Provisioner.destroy`."""
         home = self._home(spec.id)
-        self._unwatch(spec.id)
+        self._forget(spec.id)
         await self._kill(home)
         self._on_step("killed")
         try:
@@ -497,6 +509,11 @@ class LocalProvisioner:
             return  # it is gone already, or the kernel is old: the next look tells
         self._watched[instance_id] = descriptor
         asyncio.get_running_loop().add_reader(descriptor, self._ended, instance_id, int(found.process["pid"]))
+
+    def _forget(self, instance_id: UUID) -> None:
+        self._specs.pop(instance_id, None)
+        self._endings.pop(instance_id, None)
+        self._unwatch(instance_id)
 
     def _unwatch(self, instance_id: UUID) -> None:
         descriptor = self._watched.pop(instance_id, None)
