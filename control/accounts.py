@@ -56,6 +56,7 @@ async def register(
     password_hash: str,
     *,
     organization_name: str | None = None,
+    plan: str = "free",
 ) -> tuple[Record, Record]:
     """A new person with an organization of their own; returns both.
 
@@ -77,7 +78,7 @@ async def register(
     assert user is not None
     actor = as_user(acting, user["id"], user["email"])
     name = organization_name or f"{registration.first_name or registration.username}'s organization"
-    organization = await organizations.create_organization(connection, actor, user["id"], name[:100])
+    organization = await organizations.create_organization(connection, actor, user["id"], name[:100], plan)
     await record(
         connection,
         actor,

@@ -36,10 +36,12 @@ class Limits:
 
 
 PLANS: Final[dict[str, Limits]] = {
-    "free": Limits(5, 10 * GIB, 10, 500_000, 1_000, MIB),
-    "pro": Limits(50, 100 * GIB, 100, 50_000_000, 10_000, 10 * MIB),
+    "free": Limits(5, 10 * GIB, 10, None, None, None),
+    "pro": Limits(50, 100 * GIB, 100, None, None, None),
     "enterprise": Limits(500, 1024 * GIB, 1_000, None, None, None),
 }
+"""Commands are priced, not capped: an organization that wants a cap sets one for itself, and requests are in any case
+bounded by the gateway's own limits."""
 
 
 @dataclass(frozen=True, slots=True)
