@@ -456,7 +456,7 @@ async def authenticate(request: ApiRequest) -> Principal:
     cookie = request.raw.cookies.get(SESSION_COOKIE)
     if cookie is None:
         raise Unauthorized()
-    if request.raw.method not in _SAFE_METHODS and not _same_origin(request.raw):
+    if request.raw.method not in _SAFE_METHODS and not same_origin(request.raw):
         raise Forbidden("a browser's session is taken from this site's own pages only")
     return await _principal(request, cookie, sessions_only=True)
 
@@ -551,7 +551,7 @@ async def _exists(request: ApiRequest, organization_id: UUID) -> bool:
     return found is True
 
 
-def _same_origin(request: Request) -> bool:
+def same_origin(request: Request) -> bool:
     """Whether a browser says that its request comes from our own pages."""
     site = request.headers.get("sec-fetch-site")
     if site is not None:
