@@ -50,7 +50,7 @@ MAX_AT_ONCE: Final = 8
 """Instances that are worked on side by side."""
 LEADER_LOCK: Final = 0x52474C44
 """The advisory lock of the steward that works for the whole deployment."""
-MODULES_WITH_DUTIES: Final = ("control.audit", "control.usage", "control.instances")
+MODULES_WITH_DUTIES: Final = ("control.accounts", "control.audit", "control.usage", "control.instances")
 
 log = logging.getLogger(__name__)
 
