@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -25,10 +25,11 @@ COMMAND_TIMEOUT = 15.0
 IDLE_SECONDS = 60.0
 """Before an unused connection of the pool is closed."""
 
-Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]"
+if TYPE_CHECKING:
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection | PoolConnectionProxy  # generic for type checkers only
 Record: TypeAlias = asyncpg.Record
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
