@@ -48,11 +48,12 @@ _TRANSITIONAL = ("pending", "creating", "updating", "stopping", "deleting")
 
 log = logging.getLogger(__name__)
 
+# "$" alone also matches before a newline at the end; patterns are shown in the OpenAPI document, so no "\\Z".
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
-Slug = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?$", max_length=50)]
+Slug = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?$(?!\n)", max_length=50)]
 Memory = Annotated[int, msgspec.Meta(ge=MIN_MEMORY, le=MAX_MEMORY)]
-Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}(?:\.[0-9]{1,3}){0,2}$")]
-Quantity = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(?:\.[0-9]{1,3})?(?:m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}(?:\.[0-9]{1,3}){0,2}$(?!\n)")]
+Quantity = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,9}(?:\.[0-9]{1,3})?(?:m|k|M|G|T|Ki|Mi|Gi|Ti)?$(?!\n)")]
 Eviction = Literal[
     "noeviction",
     "allkeys-lru",
@@ -235,7 +236,7 @@ def _rest_url(instance_id: UUID, domain: str | None, settings: Settings) -> str:
 
 
 async def find(
-    connection: Connection | Database, organization_id: UUID, instance_id: UUID, *, deleted: bool | None = False
+    connection: "Connection | Database", organization_id: UUID, instance_id: UUID, *, deleted: bool | None = False
 ) -> Record:
     """A row; `deleted` says whether it must be deleted, None: either.
 
