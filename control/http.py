@@ -700,10 +700,26 @@ def _success(chosen: Endpoint, result: object) -> Response:
     if status == 204:
         response = Response(status_code=204)
     else:
-        response = envelope(status, True, reply.data, reply.message if reply.message is not None else chosen.message)
+        data = _shaped(chosen, reply.data)
+        response = envelope(status, True, data, reply.message if reply.message is not None else chosen.message)
     for name, value in reply.headers:
         response.headers.append(name, value)
     return response
+
+
+def _shaped(chosen: Endpoint, data: object) -> object:
+    """What leaves is what the endpoint declares, and not a column more."""
+    if chosen.response is None or data is None:
+        return data
+    kind = chosen.response
+    if chosen.listing:
+        assert isinstance(data, dict)
+        return data | {"items": _as(list[kind], data["items"])}  # type: ignore[valid-type]
+    return _as(kind, data)
+
+
+def _as(kind: Any, data: object) -> object:
+    return msgspec.json.decode(msgspec.json.encode(data, enc_hook=_encode), type=kind)
 
 
 def failure(error: ApiError) -> Response:

@@ -43,7 +43,7 @@ def document() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     endpoints = _all()
     types = [kind for entry in endpoints for kind in (entry.body, entry.response) if kind is not None]
-    schemas, components = msgspec.json.schema_components(types, ref_template=_COMPONENT)
+    schemas, components = msgspec.json.schema_components(types, schema_hook=_schema_of_other, ref_template=_COMPONENT)
     by_type = {id(kind): schema for kind, schema in zip(types, schemas, strict=True)}
     paths: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for entry in endpoints:
@@ -67,6 +67,12 @@ def document() -> dict[str, Any]:
             },
         },
     }
+
+
+def _schema_of_other(kind: type) -> dict[str, Any]:
+    if kind is object:
+        return {}
+    raise NotImplementedError
 
 
 _ERROR: Final = {
@@ -136,7 +142,9 @@ def _parameters(entry: Endpoint) -> list[dict[str, Any]]:
         schema = {"type": "string", "format": "uuid"} if name.endswith("_id") else {"type": "string", "minLength": 1}
         found.append({"name": name, "in": "path", "required": True, "schema": schema})
     if entry.query is not None:
-        (schema,), components = msgspec.json.schema_components([entry.query], ref_template=_COMPONENT)
+        (schema,), components = msgspec.json.schema_components(
+            [entry.query], schema_hook=_schema_of_other, ref_template=_COMPONENT
+        )
         described = components[entry.query.__name__]
         for name, schema in described["properties"].items():
             required = name in described.get("required", ())
