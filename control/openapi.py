@@ -71,7 +71,7 @@ def document() -> dict[str, Any]:
 
 def _schema_of_other(kind: type) -> dict[str, Any]:
     if kind is object:
-        return {}
+        return {"description": "any value"}  # msgspec takes an empty schema for none
     raise NotImplementedError
 
 
