@@ -288,6 +288,7 @@ class Reconciler:
                 status,
                 row["desired_state"],
             )
+            self._on_step(f"{status}: recorded")
 
     async def _runs(
         self,
