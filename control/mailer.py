@@ -69,7 +69,7 @@ class Mailer:
 
 
 async def _log_with_text(message: Message) -> None:
-    log.info("mail to %s: %s\n%s", message.to, message.subject, message.text)
+    log.warning("mail to %s: %s\n%s", message.to, message.subject, message.text)  # `redisgate dev` shows no less
 
 
 async def _log_without_text(message: Message) -> None:

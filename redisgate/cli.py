@@ -31,13 +31,15 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_flags(serve)
     dev = commands.add_parser(
         "dev",
-        help="start a Redis of its own and serve it, for development",
-        description="Start a Redis of its own and serve it, with tokens that stay the same. Ctrl-C stops both.",
+        help="the whole service with a PostgreSQL and a Redis of its own, for development",
+        description="Start the whole service with a PostgreSQL (unless DATABASE_URL names one) and a Redis of its own,"
+        " a demo account, an instance and a key. Ctrl-C stops everything.",
         epilog="example: redisgate dev --port 3000 --data ./data",
     )
     dev.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     dev.add_argument("--port", default="3000", help="port to listen on (3000); 0 picks a free one")
     dev.add_argument("--data", metavar="DIR", default=".redisgate/dev", help="where data and tokens are kept")
+    dev.add_argument("--gateway-only", action="store_true", help="a Redis and two tokens, without accounts")
     check = commands.add_parser(
         "check",
         help="connect to every configured Redis and say what is wrong",
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         if command == "dev":
             from redisgate.dev import run_dev
 
-            return run_dev(options["host"], options["port"], Path(options["data"]))
+            data = Path(options["data"])
+            return run_dev(options["host"], options["port"], data, environ, gateway_only=options["gateway_only"])
         settings = load(options, environ, cwd)
         if command == "migrate":
             if (options["action"] == "new") != (options["name"] is not None):
