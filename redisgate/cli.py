@@ -1,11 +1,15 @@
-"""The command line: `redisgate serve`, `dev`, `check`, `migrate`, `version`."""
+"""The command line: `redisgate serve`, `dev`, `check`, `migrate`, `admin`, `audit`, `version`."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import redisgate
+
+if TYPE_CHECKING:
+    from redisgate.config import Settings
 
 _NOTHING_CONFIGURED = """\
 redisgate: no Redis is configured. Either
@@ -57,6 +61,24 @@ def build_parser() -> argparse.ArgumentParser:
     migrate.add_argument("name", nargs="?", help="what the new migration is called")
     migrate.add_argument("--status", action="store_true", help="only say what is applied and what is not")
     config.add_flags(migrate)
+    admin = commands.add_parser(
+        "admin",
+        help="make somebody an administrator of the platform",
+        description="Make somebody who has registered an administrator of the platform, or no longer one.",
+    )
+    admin.add_argument("email", help="of the account")
+    admin.add_argument("--revoke", action="store_true", help="no longer an administrator")
+    config.add_flags(admin)
+    audit = commands.add_parser(
+        "audit",
+        help="verify or export the audit log",
+        description="verify: find what was changed in, removed from or cut off the audit log; status 1 if anything was."
+        " export: all of it as JSON lines.",
+        epilog="example: redisgate audit verify /var/log/redisgate.log",
+    )
+    audit.add_argument("action", choices=["verify", "export"])
+    audit.add_argument("logs", nargs="*", metavar="LOG", help="logs of the gateway, whose heads are compared")
+    config.add_flags(audit)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -85,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             from control import migrate
 
             return migrate.run(settings.control, status=options["status"], new=options["name"])
+        if command in ("admin", "audit"):
+            return _operate(command, settings, options)
         if not settings.instances and not settings.control.enabled:
             print(_NOTHING_CONFIGURED, file=sys.stderr)
             return 2
@@ -98,3 +122,13 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"redisgate: {error}", file=sys.stderr)
         return 2
+
+
+def _operate(command: str, settings: "Settings", options: dict[str, Any]) -> int:
+    from control import commands
+
+    if command == "admin":
+        return commands.run_admin(settings, options["email"], revoke=options["revoke"])
+    if options["action"] == "export":
+        return commands.run_audit_export(settings)
+    return commands.run_audit_verify(settings, options["logs"])
