@@ -12,11 +12,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import redisgate
-from redisgate.access import AccessTable, Backend, Grant
+from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, IpAddress, Refusal
 from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
 from redisgate.http_protocol import ALLOW, HttpConnection
+from redisgate.metering import MeteredExchange, MeteredPipeline, MeteredTransaction
+from redisgate.peers import Peers
 from redisgate.policy import Rule
 from redisgate.replies import BASE64, JSON, RESP2, quote
 from redisgate.requests import BadRequest, parse_command, parse_commands, split_path, split_query
@@ -38,7 +40,6 @@ LOGIN_FAILURE_SECONDS = 30.0
 
 (QUESTION,) = b"?"  # see `redisgate.requests.PERCENT`
 
-_UNAUTHORIZED = b"WRONGPASS invalid or missing auth token"
 _BODY_METHODS = (b"POST", b"PUT")
 _COMMAND_METHODS = (b"GET", b"POST", b"PUT", b"HEAD")
 _STREAMS = (b"subscribe", b"psubscribe", b"monitor")
@@ -77,6 +78,7 @@ class Gateway:
         self._login_failures: dict[str, list[float]] = {}
         base = settings.base_domain.lower().strip(".").encode() if settings.base_domain else b""
         self._host_suffix = b"." + base if base else b""
+        self._peers = Peers(settings.control.trusted_proxies)
         self._any_origin = "*" in settings.cors_origins
         self._origins = frozenset(origin.encode() for origin in settings.cors_origins)
         self.draining = False
@@ -108,7 +110,8 @@ class Gateway:
         if head.origin is not None and (self._any_origin or head.origin in self._origins):
             head.extra = (
                 b"Access-Control-Allow-Origin: %b\r\n"
-                b"Access-Control-Expose-Headers: Upstash-Sync-Token, Retry-After\r\n"
+                b"Access-Control-Expose-Headers: Upstash-Sync-Token, Retry-After,"
+                b" RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset\r\n"
                 b"Vary: Origin\r\n" % (b"*" if self._any_origin else head.origin)
             )
         elif self._origins:
@@ -150,6 +153,7 @@ class Gateway:
         if head.revision != self._access.revision:
             self._authorize(head)
         grant: Grant | None = head.grant
+        whole_target = target
         appended: Argv | None = None
         if QUESTION in target:
             target, _, query = target.partition(b"?")
@@ -181,8 +185,9 @@ class Gateway:
             or (grant.expires is not None and time.time() >= grant.expires)
             or (reference is not None and not grant.names(reference))
         ):
-            Exchange(connection, head, method).error(401, _UNAUTHORIZED)
-            return
+            grant = self._who(connection, method, whole_target, head, body, reference)
+            if grant is None:
+                return
         if head.problem is not None and argv[0] not in _STREAMS:
             exchange = Exchange(connection, head, method)
             exchange.rendering = JSON
@@ -206,6 +211,46 @@ class Gateway:
             argv += appended
         self._command(connection, method, head, grant, argv)
 
+    def _who(
+        self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes, reference: str | None
+    ) -> Grant | None:
+        """What is granted where the header block alone does not tell; None: the request was answered, or waits."""
+        credential, in_header = self._credential(target, head)
+        found: Grant | Refusal | None = UNAUTHORIZED
+        if credential:
+            found = self._access.resolve(
+                credential, reference, in_header=in_header, address=lambda: self._peers.client(connection, head)
+            )
+        if isinstance(found, Grant):
+            return found
+        exchange = Exchange(connection, head, method)
+        if found is not None:
+            exchange.error(found.status, found.line, found.headers)
+            return None
+
+        def again() -> None:
+            # What comes of the request now takes the place of the exchange that waited.
+            connection.exchanges.remove(exchange)
+            self.handle(connection, method, target, head, body)
+
+        self._later(connection, exchange, self._load(exchange, credential, reference), again)
+        return None
+
+    async def _load(self, exchange: Exchange, credential: bytes, reference: str | None) -> None:
+        assert self._access.source is not None
+        refusal = await self._access.source.load(credential, reference)
+        if refusal is not None:
+            exchange.error(refusal.status, refusal.line, refusal.headers)
+
+    @staticmethod
+    def _credential(target: bytes, head: Head) -> tuple[bytes, bool]:
+        """The credential of a request, or nothing, and whether it stood in the header."""
+        if head.authorization is not None:
+            scheme, _, credential = head.authorization.strip().partition(b" ")
+            return (credential.strip() if scheme.lower() == b"bearer" else b""), True
+        query = target.partition(b"?")[2]
+        return (split_query(query)[1] or b"") if query else b"", False
+
     @staticmethod
     def _command_of_body(method: bytes, appended: Argv | None, body: bytes) -> Argv:
         if method not in _BODY_METHODS:
@@ -218,9 +263,12 @@ class Gateway:
         return argv
 
     def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
-        exchange = Exchange(connection, head, method)
-        if grant.limiter is not None and self._over_limit(exchange, grant, 1):
-            return
+        if grant.limiter is None:
+            exchange = Exchange(connection, head, method)
+        else:
+            exchange = MeteredExchange(connection, head, method, grant.limiter)
+            if self._over_limit(exchange, grant, [argv]):
+                return
         rule = grant.policy.rule(argv[0])
         if rule is not None and rule.plain:
             self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
@@ -277,13 +325,22 @@ class Gateway:
         except Unavailable as error:
             exchange.failed(error)
 
-    def _over_limit(self, exchange: Exchange, grant: Grant, count: int) -> bool:
-        assert grant.limiter is not None
-        refusal = grant.limiter.admit(count)
+    def _over_limit(self, exchange: Exchange, grant: Grant, commands: list[Argv]) -> bool:
+        limiter = grant.limiter
+        assert limiter is not None
+        cell = limiter.cell
+        if cell is not None and cell.address is None:
+            cell.address = self._address(exchange)
+        refusal = limiter.admit(commands)
         if refusal is None:
             return False
-        exchange.error(429, refusal.line, b"Retry-After: %d\r\n" % refusal.retry_after)
+        retry_after = b"Retry-After: %d\r\n" % refusal.retry_after if refusal.retry_after else b""
+        exchange.error(refusal.status, refusal.line, retry_after)
         return True
+
+    def _address(self, exchange: Exchange) -> IpAddress | None:
+        connection = exchange.connection
+        return self._peers.client(connection, exchange._head) if connection is not None else None
 
     # Several commands
 
@@ -293,7 +350,12 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        exchange = PipelineExchange(connection, head, method)
+        limiter = grant.limiter
+        exchange = (
+            PipelineExchange(connection, head, method)
+            if limiter is None
+            else MeteredPipeline(connection, head, method, limiter)
+        )
         commands = self._commands(exchange, method, grant, body)
         if commands is None:
             return
@@ -328,7 +390,12 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        exchange = TransactionExchange(connection, head, method)
+        limiter = grant.limiter
+        exchange = (
+            TransactionExchange(connection, head, method)
+            if limiter is None
+            else MeteredTransaction(connection, head, method, limiter)
+        )
         commands = self._commands(exchange, method, grant, body)
         if commands is None:
             return
@@ -392,7 +459,7 @@ class Gateway:
         except BadRequest as error:
             exchange.error(400, str(error).encode())
             return None
-        if grant.limiter is not None and commands and self._over_limit(exchange, grant, len(commands)):
+        if grant.limiter is not None and commands and self._over_limit(exchange, grant, commands):
             return None
         return commands
 
@@ -536,7 +603,7 @@ class Gateway:
         refusal = grant.policy.stream_refusal(segments[0])
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(exchange, grant, 1):
+        elif grant.limiter is None or not self._over_limit(exchange, grant, [segments]):
             exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
 
     def _monitor(
@@ -549,7 +616,7 @@ class Gateway:
         refusal = grant.policy.stream_refusal(b"monitor")
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(exchange, grant, 1):
+        elif grant.limiter is None or not self._over_limit(exchange, grant, [segments]):
             exchange.begin(grant.backend.monitor)
 
     # What is no command

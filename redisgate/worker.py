@@ -15,7 +15,7 @@ from redisgate.config import Settings
 from redisgate.gateway import Gateway
 from redisgate.http_protocol import HttpServer
 from redisgate.http_response import ResponseHeads
-from redisgate.limits import TokenLimiter
+from redisgate.limits import Limit, Meter
 from redisgate.resttoken import RestTokens
 from redisgate.scripts import ScriptCache
 from redisgate.shared import SharedState
@@ -41,7 +41,8 @@ def build_access(settings: Settings, tokens: RestTokens, shared: SharedState, in
     for token in settings.tokens:
         limiter = None
         if token.rate is not None or token.daily is not None:
-            limiter = TokenLimiter(shared.counter(token_digest(token.token), index), token.rate, token.daily)
+            counter = shared.counter(token_digest(token.token), index)
+            limiter = Meter([Limit(counter, token.rate, token.daily, workers=shared.workers)])
         user = (token.user, token.password or "") if token.user is not None else None
         grant = Grant(
             access.instances[token.instance],
