@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 SESSION_COOKIE: Final = "redisgate_session"
 MAX_PAGE_LIMIT: Final = 100
 """Items on one page of a list."""
+MAX_BODY_BYTES: Final = 1024 * 1024
+"""Of a request's body, else 413."""
 MAX_PAGE: Final = 1_000_000
 RETRY_SECONDS: Final = 2
 """After which a client tries again when PostgreSQL is away."""
@@ -57,6 +59,7 @@ ADMINISTRATORS_MAY: Final = frozenset({"quota.update"})
 
 _SAFE_METHODS = ("GET", "HEAD")
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 log = logging.getLogger(__name__)
@@ -442,7 +445,10 @@ async def _call(request: ApiRequest) -> object:
         request.parameters = _query(chosen.query, request.raw)
     if chosen.body is None:
         return await chosen.handler(request)
-    return await chosen.handler(request, parse_body(chosen.body, await request.raw.body()))
+    body = await request.raw.body()
+    if len(body) > MAX_BODY_BYTES:
+        raise ApiError(413, f"the body has {len(body)} bytes; at most {MAX_BODY_BYTES} are taken here")
+    return await chosen.handler(request, parse_body(chosen.body, body))
 
 
 async def authenticate(request: ApiRequest) -> Principal:
@@ -566,15 +572,13 @@ def same_origin(request: Request) -> bool:
 def _path(chosen: Endpoint, found: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name in chosen.parameters:
-        text = str(found[name])
-        if "\0" in text:
-            raise NotFound()
-        values[name] = text
+        values[name] = text = str(found[name])
         if name.endswith("_id"):
-            try:
-                values[name] = UUID(text)
-            except ValueError:
-                raise NotFound(f"there is no such {_readable(name)}") from None
+            if _UUID.fullmatch(text) is None:
+                raise NotFound(f"there is no such {_readable(name)}")
+            values[name] = UUID(text)
+        elif "\0" in text:
+            raise NotFound()
     return values
 
 
