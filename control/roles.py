@@ -10,6 +10,7 @@ and `manage` (everything that its maker may do).
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 ROLES: Final = ("viewer", "member", "admin", "owner")
@@ -69,6 +70,8 @@ def rank(role: str) -> int:
     Raises:
         ValueError: there is no such role.
     """
+    if role not in ROLES:
+        raise ValueError(f"there is no role {role!r}")
     return ROLES.index(role)
 
 
@@ -109,3 +112,16 @@ def markdown_table() -> str:
         marks = " | ".join("✓" if allows(role, permission.name) else "" for role in ROLES)
         lines.append(f"| `{permission.name}` | {permission.description} | {marks} |")
     return "\n".join(lines) + "\n"
+
+
+def update_page(text: str) -> str:
+    """docs/security.md with the table as it is now."""
+    head, begin, rest = text.partition("<!-- roles:")
+    mark, _, rest = rest.partition("\n")
+    _, end, tail = rest.partition("<!-- end of roles -->")
+    return f"{head}{begin}{mark}\n{markdown_table()}{end}{tail}"
+
+
+if __name__ == "__main__":
+    page = Path(__file__).parents[1] / "docs" / "security.md"
+    page.write_text(update_page(page.read_text()))
