@@ -176,12 +176,12 @@ def _responses(entry: Endpoint, schemas: dict[int, Any]) -> dict[str, Any]:
         codes += [400, 409, 413]
     if entry.query is not None or entry.listing:
         codes.append(400)
-    if entry.parameters:
+    if entry.parameters or entry.method != "GET":
         codes.append(404)
     if entry.method != "GET":
         codes += [409, 429]
     if entry.permission == "public" and entry.method != "GET":
-        codes += [401, 403, 404]
+        codes += [401, 403]
     error = {"application/json": {"schema": {"$ref": _COMPONENT.format(name="Error")}}}
     responses = {str(code): {"description": _ERRORS[code], "content": error} for code in sorted(set(codes))}
     return {str(entry.status): success} | responses

@@ -17,7 +17,9 @@ from control.database import Database, connect
 from control.embedded import EmbeddedPostgres
 from control.http import Context
 from control.migrate import migrate
+from control.provisioners.local import stop_everything
 from redisgate.config import ControlSettings, Settings
+from tests.servers import Gateway
 
 OWNER, APPLICATION = "redisgate_owner", "redisgate_app"
 SECRET_KEY = b"tests: 3f1b6f6b2d5b4ad0a8f4b8f0f0c1d2e3"
@@ -169,3 +171,33 @@ async def client(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=True, client=("203.0.113.7", 40000))
     async with httpx.AsyncClient(transport=transport, base_url="http://redisgate.test", cookies=None) as client:
         yield client
+
+
+class Service(Gateway):
+    """`redisgate serve` with a control plane, and an end for the redis-servers that it would leave running."""
+
+    def __init__(self, urls: Urls, state_dir: Path, *arguments: str, **environ: str) -> None:
+        self.state_dir = state_dir
+        defaults = {
+            "DATABASE_URL": urls.application,
+            "REDISGATE_DATABASE_MIGRATION_URL": urls.owner,
+            "REDISGATE_MODE": "dev",
+            "REDISGATE_SECRET_KEY": SECRET_KEY.decode(),
+            "REDISGATE_STATE_DIR": str(state_dir),
+            "REDISGATE_ARGON2_TIME_COST": "1",
+            "REDISGATE_ARGON2_MEMORY": "64KiB",
+            "REDISGATE_ALLOW_PRIVATE_ADDRESSES": "true",
+        }
+        super().__init__(defaults | environ, arguments)
+
+    def kill(self) -> None:
+        super().kill()
+        stop_everything(self.state_dir / "instances")
+
+
+@pytest.fixture(scope="module")
+def service(database_urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """Two workers and a steward over the module's database."""
+    service = Service(database_urls, tmp_path_factory.mktemp("service"), "--workers", "2")
+    yield service
+    service.stop()
