@@ -46,8 +46,8 @@ LEADER_SECONDS: Final = 2.0
 """Between two attempts to get the deployment's lock, and between two looks whether we still have it."""
 RETRY_SECONDS: Final = 1.0
 """After PostgreSQL was away."""
-MAX_AT_ONCE: Final = 8
-"""Instances that are worked on side by side."""
+MAX_AT_ONCE: Final = 32
+"""Instances that are worked on side by side; most of that is waiting, for a server that loads its data for example."""
 LEADER_LOCK: Final = 0x52474C44
 """The advisory lock of the steward that works for the whole deployment."""
 MODULES_WITH_DUTIES: Final = ("control.accounts", "control.audit", "control.usage", "control.instances")

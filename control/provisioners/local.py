@@ -98,7 +98,7 @@ def find_servers(configured: str = "") -> list[Server]:
     """
     identity = _unprivileged()
     if configured:
-        server = _examine(configured, identity)
+        server = _examine(os.path.abspath(shutil.which(configured) or configured), identity)
         if server is None:
             raise ConfigError(f"redis_server: {configured} cannot be run")
         return [server]

@@ -1,8 +1,8 @@
-"""Stewards as processes of their own that end by SIGKILL at a chosen step.
+"""Stewards as processes of their own that end by SIGKILL at a chosen step, or after a chosen time.
 
-Run as a module it reads one JSON object per line, {"settings": …, "kill_at": step, "production": bool}, and forks a
-steward for each, which is what saves importing everything anew. It answers with the steps that were taken and how the
-steward ended.
+Run as a module it reads one JSON object per line, the settings with "kill_at" and "seconds", and forks a steward for
+each, which is what saves importing everything anew. It answers with the steps that were taken and how the steward
+ended.
 """
 
 import asyncio
@@ -33,11 +33,15 @@ class Stewards:
             text=True,
         )
 
-    def run(self, settings: Settings, kill_at: str | None) -> list[str]:
-        """Have a steward run until it has taken the step; the steps it took. Without a step: until nothing is left.
+    def run(self, settings: Settings, kill_at: str) -> list[str]:
+        """Have a steward run until it has taken the step; the steps it took. Fails if it ended in another way."""
+        return self._run(settings, signal.SIGKILL, kill_at=kill_at, seconds=PATIENCE)
 
-        Fails if it ended in another way.
-        """
+    def run_for(self, settings: Settings, seconds: float) -> list[str]:
+        """Have a steward run for so long, wherever it is then; the steps it took. Fails if it ended in another way."""
+        return self._run(settings, signal.SIGALRM, kill_at=None, seconds=seconds)
+
+    def _run(self, settings: Settings, end: signal.Signals, *, kill_at: str | None, seconds: float) -> list[str]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         asked = {
@@ -45,11 +49,12 @@ class Stewards:
             "secret_key": settings.secret_key.decode(),
             "control": dataclasses.asdict(settings.control),
             "kill_at": kill_at,
+            "seconds": seconds,
         }
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        assert answer["status"] == -signal.SIGKILL, answer
+        assert answer["status"] == -end, answer
         return list(answer["steps"])
 
     def close(self) -> None:
@@ -65,7 +70,8 @@ def _steward(asked: dict[str, Any], steps: int) -> None:
     from control import steward
     from control.app import make_context
 
-    signal.alarm(PATIENCE)
+    # Without a handler the alarm ends it as a SIGKILL would.
+    signal.setitimer(signal.ITIMER_REAL, asked["seconds"])
     control = {name: tuple(value) if isinstance(value, list) else value for name, value in asked["control"].items()}
     settings = Settings(
         state_dir=Path(asked["state_dir"]),

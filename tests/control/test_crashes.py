@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import pytest
 from control import instances, steward
 from control.app import make_context
 from control.database import Record
-from control.http import Context
+from control.http import ApiError, Context
 from control.instances import CreateInstance, RotateCredentials, UpdateInstance
 from control.provisioners.local import OVERHEAD_BYTES, stop_everything
 from control.settings import instances_dir
@@ -189,6 +190,14 @@ async def stop(world: World, instance_id: UUID) -> None:
     await instances.change_status(world.context, world.actor, world.organization_id, instance_id, "stop")
 
 
+async def start(world: World, instance_id: UUID) -> None:
+    await instances.change_status(world.context, world.actor, world.organization_id, instance_id, "start")
+
+
+async def restore(world: World, instance_id: UUID) -> None:
+    await instances.restore(world.context, world.actor, world.organization_id, instance_id)
+
+
 async def is_stopped(world: World, row: Record) -> None:
     assert (row["status"], row["process"]) == ("stopped", None)
     assert processes_of(world.context.gateway_settings, row["id"]) == []
@@ -319,3 +328,40 @@ async def test_servers_run_on_while_there_is_no_steward_and_are_adopted(world: W
         third = await settle(world, instance_id)
     assert second["process"] == first["process"]
     assert third["process"]["run_id"] != first["process"]["run_id"]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_kills_at_any_moment_never_make_two_servers_nor_lose_what_is_wanted(
+    world: World, stewards: Stewards, crash_settings: Settings, seed: int
+) -> None:
+    """People change their minds while the steward is killed a few times a second."""
+    chance = random.Random(seed)
+    made = [await world.create() for _ in range(3)]
+    acts = [restart, stop, resize, rotate, delete, start, restore, restore]
+
+    async def act() -> None:
+        while True:
+            with contextlib.suppress(ApiError):
+                await chance.choice(acts)(world, chance.choice(made))
+            await asyncio.sleep(chance.uniform(0, 0.1))
+
+    acting = asyncio.create_task(act())
+    for _ in range(8):
+        await asyncio.to_thread(stewards.run_for, crash_settings, chance.uniform(0.05, 0.4))
+        for instance_id in made:
+            assert len(processes_of(crash_settings, instance_id)) <= 1
+    acting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await acting
+    async with working(world.context):
+        for instance_id in made:
+            row = await settle(world, instance_id)
+            if row["desired_state"] == "running":
+                assert row["status"] == "running"
+                assert processes_of(crash_settings, instance_id) == [row["process"]["pid"]]
+                assert await call(world.context, instance_id, "PING") == "PONG"
+                limit = ["maxmemory", str(row["max_memory"] + OVERHEAD_BYTES)]
+                assert await call(world.context, instance_id, "CONFIG", "GET", "maxmemory") == limit
+            else:
+                assert row["status"] == "stopped"
+                assert processes_of(crash_settings, instance_id) == []
