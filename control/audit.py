@@ -298,8 +298,7 @@ async def current_head(connection: Connection) -> Head | None:
 @duty("audit head", every=60)
 async def note_head_of(context: "Context") -> None:
     """The steward's part: the head into the log and into this host's file."""
-    async with context.database.connection() as connection:
-        await note_head(connection, head_file(context.gateway_settings.state_dir))
+    await note_head(context.database, head_file(context.gateway_settings.state_dir))
 
 
 def head_file(state_dir: Path) -> Path:
@@ -307,19 +306,20 @@ def head_file(state_dir: Path) -> Path:
     return state_dir / "audit.head"
 
 
-async def note_head(connection: Connection, file: Path) -> Head | None:
+async def note_head(database: Database, file: Path) -> Head | None:
     """Write the head to the log, and to a file that `verify` looks at; once a minute.
 
     The file is not moved backwards: when the event that it names is not there any more as it was, that is logged as an
     error, each minute, and the file keeps the evidence.
     """
     noted = (await asyncio.to_thread(_read_heads, file))[-1:]
-    head = await current_head(connection)
-    for old in noted:
-        mac = await connection.fetchval("SELECT mac FROM audit_events WHERE sequence = $1", old.sequence)
-        if mac != old.mac:
-            log.error("the audit log was tampered with: it no longer contains the event of audit head %s", old)
-            return head
+    async with database.connection() as connection:
+        head = await current_head(connection)
+        for old in noted:
+            mac = await connection.fetchval("SELECT mac FROM audit_events WHERE sequence = $1", old.sequence)
+            if mac != old.mac:
+                log.error("the audit log was tampered with: it no longer contains the event of audit head %s", old)
+                return head
     if head is not None:
         log.info("audit head %s", head)
         if [head] != noted:

@@ -233,10 +233,9 @@ async def test_secrets_are_masked(own: Database) -> None:
 async def test_the_head_is_logged_and_kept(own: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     file = head_file(tmp_path)
-    async with own.connection() as connection:
-        assert await note_head(connection, file) is None
-        await add(own, 3)
-        head = await note_head(connection, file)
+    assert await note_head(own, file) is None
+    await add(own, 3)
+    head = await note_head(own, file)
     assert head is not None
     assert head.sequence == 3
     assert audit.parse_heads(caplog.text) == [head]
@@ -247,11 +246,10 @@ async def test_verifying_finds_a_truncation_by_the_file_of_this_host(
     own: Database, intruder: Owner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await add(own, 3)
-    async with own.connection() as connection:
-        head = await note_head(connection, head_file(tmp_path))
-        assert (await verify_database(own, KEYS, tmp_path)).intact
-        await intruder.execute("DELETE FROM audit_events WHERE sequence = 3")
-        await note_head(connection, head_file(tmp_path))
+    head = await note_head(own, head_file(tmp_path))
+    assert (await verify_database(own, KEYS, tmp_path)).intact
+    await intruder.execute("DELETE FROM audit_events WHERE sequence = 3")
+    await note_head(own, head_file(tmp_path))
     assert "tampered" in caplog.text
     assert audit.parse_heads(head_file(tmp_path).read_text()) == [head], "the evidence is kept"
     assert not (await verify_database(own, KEYS, tmp_path)).intact
