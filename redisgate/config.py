@@ -327,7 +327,7 @@ SETTINGS: tuple[Setting, ...] = (
     _control(
         "encryption_keys",
         names,
-        "keys for secrets in the database, `id:secret`, newest first; by default derived from secret_key",
+        "what secrets in the database are encrypted under, newest first; by default secret_key",
     ),
     _control("audit_key", text, "key of the audit log's chain; by default derived from secret_key"),
     _control("argon2_time_cost", count(1, 100), "passes of argon2id over its memory"),
