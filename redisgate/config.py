@@ -337,7 +337,7 @@ SETTINGS: tuple[Setting, ...] = (
     _control("session_lifetime", duration, "of a session token"),
     _control("reset_lifetime", duration, "of a password reset token"),
     _control("invitation_lifetime", duration, "of an invitation"),
-    _control("rotation_overlap", duration, "an API key or instance token that was rotated goes on working"),
+    _control("rotation_overlap", duration, "an API key that was rotated goes on working; an instance's token does not"),
     _control("purge_after", duration, "a deleted instance can be restored; then its data is gone"),
     _control("mailer", text, "log, or module:function that sends a mail"),
     _control("trusted_proxies", networks, "networks whose X-Forwarded-For and X-Forwarded-Proto are believed"),
