@@ -193,14 +193,7 @@ class EmbeddedPostgres:
     def _readable(self, programs: Path) -> Path:
         """The programs, where the unprivileged user can reach them."""
         assert self._runtime is not None
-        check = (
-            subprocess.run(
-                [str(programs / "bin" / "postgres"), "--version"], capture_output=True, **self._as_user(cwd="/")
-            )
-            if self._reaches(programs / "bin" / "postgres")
-            else None
-        )
-        if check is not None and check.returncode == 0:
+        if self._reaches(programs / "bin" / "postgres"):
             return programs
         copy = Path(self._runtime.name) / "wheel"
         if not copy.exists():
@@ -214,8 +207,13 @@ class EmbeddedPostgres:
                     path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
         return copy / programs.parent.name / programs.name
 
-    def _reaches(self, path: Path) -> bool:
-        return all(parent.stat().st_mode & 0o001 for parent in path.parents) and bool(path.stat().st_mode & 0o001)
+    def _reaches(self, program: Path) -> bool:
+        """Whether the unprivileged user can run it."""
+        try:
+            done = subprocess.run([str(program), "--version"], capture_output=True, **self._as_user(cwd="/"))
+        except OSError:
+            return False
+        return done.returncode == 0
 
     def _as_user(self, cwd: str) -> dict[str, Any]:
         options: dict[str, Any] = {"cwd": cwd, "stdin": subprocess.DEVNULL, "env": _environment()}

@@ -103,3 +103,17 @@ def test_what_is_in_the_way_is_said(directory: Path) -> None:
     directory.write_text("a file")
     with pytest.raises(EmbeddedError, match="cannot start PostgreSQL in"):
         EmbeddedPostgres(directory).start()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's PostgreSQL runs as somebody else")
+async def test_programs_that_the_other_user_cannot_reach_are_copied(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmbeddedPostgres, "_reaches", lambda self, path: False)
+    server = EmbeddedPostgres(directory)
+    server.start()
+    try:
+        assert await value(server.url(), "SELECT 1") == 1
+        assert "/rgpg-" in os.readlink(f"/proc/{server.pid}/exe")
+    finally:
+        server.stop()
