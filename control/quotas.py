@@ -53,6 +53,7 @@ class Usage:
     """Bytes that its instances may fill."""
     api_keys: int
     commands_today: int
+    """Since midnight UTC; right to the minute that is under way."""
 
     def percentages(self, limits: Limits) -> dict[str, float]:
         """How full each quota is, in percent with two decimals. What is unlimited has no percentage."""
@@ -362,4 +363,9 @@ async def _usage(connection: Connection, organization_id: UUID) -> Usage:
     )
     assert row is not None
     keys = await connection.fetchval(_LIVE_KEYS, organization_id)
-    return Usage(row["instances"], row["memory"], keys, 0)
+    commands = await connection.fetchval(
+        "SELECT coalesce(sum(commands), 0)::bigint FROM usage"
+        " WHERE organization_id = $1 AND step = 'minute' AND at >= date_trunc('day', now(), 'UTC')",
+        organization_id,
+    )
+    return Usage(row["instances"], row["memory"], keys, commands)

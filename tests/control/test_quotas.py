@@ -116,6 +116,27 @@ async def test_warnings_begin_at_ninety_percent(client: httpx.AsyncClient, perso
     ]
 
 
+async def test_todays_commands_are_counted(client: httpx.AsyncClient, person: Person, owner: Owner) -> None:
+    await put(client, person, person, max_commands_per_day=1000)
+    midnight = "date_trunc('day', now(), 'UTC')"
+    for step, at in (
+        ("minute", midnight),
+        ("minute", "now()"),
+        ("minute", f"{midnight} - interval '1 minute'"),
+        ("hour", "now()"),
+    ):
+        await owner.execute(
+            f"INSERT INTO usage VALUES ($1, {at}, $2, gen_random_uuid(), 'token', gen_random_uuid(), 475, 0, 0, 0, 0,"
+            " 0, 0, 0, '{}')",
+            step,
+            person.organization_id,
+        )
+    found = await quota(client, person)
+    assert found["quota"]["current_commands_today"] == 950
+    assert found["quota"]["commands_percentage"] == 95
+    assert found["warnings"] == ["950 of 1000 commands today are used (95 %)"]
+
+
 async def test_what_is_over_does_not_count(
     client: httpx.AsyncClient, person: Person, owner: Owner, database: Database
 ) -> None:
