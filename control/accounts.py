@@ -13,7 +13,7 @@ from uuid import UUID
 import asyncpg
 
 from control import organizations
-from control.audit import Acting, as_user, record
+from control.audit import Acting, as_user, plain_address, record
 from control.database import Connection, Record
 from control.duties import duty
 from control.http import BadRequest, Conflict, Context, NotFound, Unauthorized
@@ -161,7 +161,7 @@ async def begin_session(
         user["id"],
         expires_at,
         ends_at,
-        address or None,
+        plain_address(address),
         user_agent,
     )
     await connection.execute("UPDATE users SET last_login_at = now() WHERE id = $1", user["id"])
@@ -250,17 +250,22 @@ async def get_user(connection: Connection, user_id: UUID) -> Record:
     return user
 
 
-async def update_profile(connection: Connection, acting: Acting, user_id: UUID, changes: dict[str, str]) -> Record:
-    """Change `username`, `first_name`, `last_name` or `email`. That the password was asked for before an e-mail
-    address changes is the caller's to see to.
+async def update_profile(
+    connection: Connection, acting: Acting, user_id: UUID, changes: dict[str, str]
+) -> tuple[Record, Record]:
+    """Change `username`, `first_name`, `last_name` or `email`; returns the person before and after.
+
+    That the password was asked for before an e-mail address changes is the caller's to see to.
 
     Raises:
         Conflict: the e-mail address or the username is taken.
     """
-    before = await get_user(connection, user_id)
+    before = await connection.fetchrow(f"SELECT {USER_COLUMNS} FROM users WHERE id = $1 FOR NO KEY UPDATE", user_id)
+    if before is None:
+        raise NotFound("there is no such person")
     changed = {name: value for name, value in changes.items() if before[name] != value}
     if not changed:
-        return before
+        return before, before
     columns = sorted(changed)
     assignments = ", ".join(f"{name} = ${number}" for number, name in enumerate(columns, 2))
     try:
@@ -275,7 +280,17 @@ async def update_profile(connection: Connection, acting: Acting, user_id: UUID, 
     await record(
         connection, acting, "users.update", ("user", user_id), {name: before[name] for name in columns}, changed
     )
-    return user
+    return before, user
+
+
+def address_changed_message(old: str, new: str) -> Message:
+    """What goes to an address that is not an account's any more."""
+    return Message(
+        old,
+        "Your e-mail address was changed",
+        f"The e-mail address of your account is now {new}. If it was not you who changed it, somebody knows your"
+        " password: tell whoever runs this service.",
+    )
 
 
 async def check_password(context: Context, user_id: UUID, password: str, *, address: str, field: str) -> None:
@@ -343,7 +358,7 @@ async def request_password_reset(context: Context, acting: Acting, email: str, *
             user_id,
             token_digest(token),
             context.now() + lifetime,
-            address or None,
+            plain_address(address),
         )
         await record(connection, acting, "users.reset_request", ("user", user_id), after={"email": email})
     if user is not None and user["recent"] < RESETS_PER_HOUR:

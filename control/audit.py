@@ -19,7 +19,7 @@ import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 from uuid import UUID
@@ -129,7 +129,7 @@ async def record(
         outcome,
         head["before_text"],
         head["after_text"],
-        _address(actor.address),
+        plain_address(actor.address),
         _text(actor.request_id),
     )
     mac = actor.audit.code(key, head["mac"] or _NO_EVENT, _signed(sequence, head["at"], values, key))
@@ -167,11 +167,18 @@ def _text(value: str | None) -> str | None:
     return value[:MAX_TEXT].replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
-def _address(value: str | None) -> str | None:
-    # As PostgreSQL will show it ever after; a zone (fe80::1%eth0) means nothing elsewhere.
-    if not value:
+def plain_address(value: str | None) -> str | None:
+    """An IP address in the one form in which it is stored and signed; None for what is none.
+
+    PostgreSQL writes some IPv6 addresses differently, so `verify` brings what it reads into this form, too. A zone
+    (fe80::1%eth0) means nothing elsewhere.
+    """
+    try:
+        found = ip_address((value or "").partition("%")[0])
+    except ValueError:
         return None
-    return str(ip_address(value.partition("%")[0]))
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return str(mapped or found)
 
 
 def _json(values: Mapping[str, object] | None) -> str | None:
@@ -395,7 +402,8 @@ async def verify(connection: Connection, audit: Audit, heads: Iterable[Head] = (
         " FROM audit_events ORDER BY sequence"
     )
     async for row in connection.cursor(query, prefetch=VERIFY_BATCH):
-        sequence, at, *values, key, mac = tuple(row)
+        sequence, at, *values, address, request_id, key, mac = tuple(row)
+        values += (plain_address(address), request_id)
         if sequence != expected:
             last = sequence - 1
             report.add(

@@ -310,6 +310,7 @@ async def _lock(connection: Connection, organization_id: UUID) -> Record:
 # Invitations
 
 _INVITATION: Final = "i.id, i.email, i.role, i.created_at, i.expires_at, i.invited_by"
+_NO_INVITATION: Final = "there is no such open invitation; ask for another"
 _OPEN: Final = "i.accepted_at IS NULL AND i.revoked_at IS NULL AND i.expires_at > now()"
 
 
@@ -440,6 +441,22 @@ async def revoke_invitation(connection: Connection, acting: Acting, organization
     )
 
 
+async def hold_invitation(connection: Connection, token: str) -> UUID:
+    """The organization that a token invites to; its memberships are ours until the transaction ends. Whoever accepts
+    in a transaction that records something before does this first: the audit log's lock is the last that anybody takes.
+
+    Raises:
+        NotFound: the token is unknown, or the organization is deleted.
+    """
+    organization_id: UUID | None = await connection.fetchval(
+        "SELECT organization_id FROM invitations WHERE token_digest = $1", token_digest(token)
+    )
+    if organization_id is None:
+        raise NotFound(_NO_INVITATION)
+    await _lock(connection, organization_id)
+    return organization_id
+
+
 async def accept_invitation(connection: Connection, acting: Acting, user_id: UUID, token: str) -> tuple[UUID, str]:
     """Join the organization that a token invites to; returns it, and the role there.
 
@@ -448,13 +465,7 @@ async def accept_invitation(connection: Connection, acting: Acting, user_id: UUI
         Forbidden: it was sent to another e-mail address than this person's.
         Conflict: they belong to the organization already.
     """
-    missing = "there is no such open invitation; ask for another"
-    organization_id = await connection.fetchval(
-        "SELECT organization_id FROM invitations WHERE token_digest = $1", token_digest(token)
-    )
-    if organization_id is None:
-        raise NotFound(missing)
-    await _lock(connection, organization_id)
+    organization_id = await hold_invitation(connection, token)
     invitation = await connection.fetchrow(
         "SELECT i.*, lower(i.email) = lower(u.email) AS own FROM invitations i, users u"
         f" WHERE i.token_digest = $1 AND u.id = $2 AND {_OPEN}",
@@ -462,7 +473,7 @@ async def accept_invitation(connection: Connection, acting: Acting, user_id: UUI
         user_id,
     )
     if invitation is None:
-        raise NotFound(missing)
+        raise NotFound(_NO_INVITATION)
     if not invitation["own"]:
         raise Forbidden("this invitation was sent to another e-mail address; sign in with that one")
     joined = await connection.fetchval(

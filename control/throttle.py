@@ -68,20 +68,22 @@ class Throttle:
     async def sign_in_subjects(self, database: Database, email: str, address: str) -> list[Subject]:
         """What an attempt to sign in counts for. Costs the same for an address that nobody has."""
         network = network_of(address)
-        account = email.strip().lower()
-        subjects = [
-            self._subject(VISITOR, "visitor", account, network),
-            self._subject(NETWORK, "network", network),
-        ]
-        known = await database.fetchval(
-            "SELECT EXISTS (SELECT FROM sessions s JOIN users u ON u.id = s.user_id WHERE lower(u.email) = lower($1)"
-            " AND s.address <<= $2::text::inet AND s.created_at > now() - make_interval(days => $3))",
-            account,
+        # PostgreSQL says which spellings are one account, here as where it is looked up.
+        row = await database.fetchrow(
+            "SELECT lower($1) AS account, EXISTS (SELECT FROM sessions s JOIN users u ON u.id = s.user_id"
+            " WHERE lower(u.email) = lower($1) AND s.address <<= $2::text::inet"
+            " AND s.created_at > now() - make_interval(days => $3)) AS known",
+            email,
             network,
             KNOWN_NETWORK_DAYS,
         )
-        if not known:
-            subjects.append(self._subject(ACCOUNT, "account", account))
+        assert row is not None
+        subjects = [
+            self._subject(VISITOR, "visitor", row["account"], network),
+            self._subject(NETWORK, "network", network),
+        ]
+        if not row["known"]:
+            subjects.append(self._subject(ACCOUNT, "account", row["account"]))
         return subjects
 
     def registration_subjects(self, address: str) -> list[Subject]:
@@ -137,7 +139,7 @@ class Throttle:
 def network_of(address: str) -> str:
     """The network that an address stands for."""
     try:
-        found = ip_address(address)
+        found = ip_address(address.partition("%")[0])
     except ValueError:
         return "0.0.0.0/32"  # no address is known, as on a Unix socket: all such are one
     if isinstance(found, IPv6Address) and found.ipv4_mapped is not None:

@@ -27,9 +27,12 @@ from control.settings import public_url
 
 TAGS: Final = ["Accounts"]
 
-# No white space and no control characters, so that an address cannot be more than one header line of a mail.
-Email = Annotated[str, Meta(min_length=3, max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f<>]+@[^@\s\x00-\x1f\x7f<>]+$")]
-Username = Annotated[str, Meta(min_length=2, max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]
+# No white space and no control characters, so that an address cannot be more than one header line of a mail. Python's $
+# matches before a newline at the end as well.
+Email = Annotated[
+    str, Meta(min_length=3, max_length=254, pattern=r"^[^@\s\x00-\x1f\x7f<>]+@[^@\s\x00-\x1f\x7f<>]+$(?!\n)")
+]
+Username = Annotated[str, Meta(min_length=2, max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$(?!\n)")]
 PersonName = Annotated[str, Meta(max_length=100)]
 NewPassword = Annotated[str, Meta(min_length=MIN_PASSWORD_LENGTH, max_length=MAX_PASSWORD_LENGTH)]
 GivenPassword = Annotated[str, Meta(max_length=MAX_PASSWORD_LENGTH)]
@@ -92,6 +95,8 @@ async def register(request: ApiRequest, body: Register) -> object:
     joined = None
     try:
         async with context.database.transaction() as connection:
+            if body.invitation is not None:
+                await organizations.hold_invitation(connection, body.invitation)
             user, organization = await accounts.register(connection, request, registration, password_hash)
             if body.invitation is not None:
                 actor = as_user(request, user["id"], user["email"])
@@ -250,7 +255,10 @@ async def update_me(request: ApiRequest, body: UpdateMe) -> object:
             field="current_password",
         )
     async with request.context.database.transaction() as connection:
-        return await accounts.update_profile(connection, request, request.user_id, changes)
+        before, user = await accounts.update_profile(connection, request, request.user_id, changes)
+    if user["email"] != before["email"]:
+        request.context.mailer.post(accounts.address_changed_message(before["email"], user["email"]))
+    return user
 
 
 # Passwords

@@ -95,6 +95,8 @@ async def test_of_twenty_registrations_of_one_address_one_succeeds(client: httpx
     [
         ({"email": "no address"}, "email"),
         ({"email": "a@b\nBcc: c@d"}, "email"),
+        ({"email": "a@b.example\n"}, "email"),
+        ({"username": "newline\n"}, "username"),
         ({"email": "a" * 250 + "@example.com"}, "email"),
         ({"email": 7}, "email"),
         ({"email": None}, "email"),
@@ -137,6 +139,24 @@ async def test_an_invited_person_registers_and_joins(client: httpx.AsyncClient, 
     response = await client.post("/auth/register", json=body | {"invitation": token})
     assert response.status_code == 201
     assert response.json()["data"]["joined_organization_id"] == str(person.organization_id)
+
+
+async def test_the_invited_register_while_their_organization_changes(client: httpx.AsyncClient, person: Person) -> None:
+    """Both take the organization and the audit log, in the same order."""
+    bodies = [registration() for _ in range(10)]
+    for body in bodies:
+        invited = await client.post(
+            f"/api/organizations/{person.organization_id}/invitations",
+            json={"email": body["email"]},
+            headers=person.headers,
+        )
+        body["invitation"] = invited.json()["data"]["token"]
+    path = f"/api/organizations/{person.organization_id}"
+    responses = await asyncio.gather(
+        *(client.post("/auth/register", json=body) for body in bodies),
+        *(client.patch(path, json={"name": f"Name {n}"}, headers=person.headers) for n in range(10)),
+    )
+    assert [response.status_code for response in responses] == [201] * 10 + [200] * 10
 
 
 async def test_a_closed_registration_lets_in_the_invited_only(
@@ -401,7 +421,9 @@ async def test_another_persons_name_is_a_conflict(client: httpx.AsyncClient, per
     assert (await client.patch("/auth/me", json={"username": taken}, headers=person.headers)).status_code == 409
 
 
-async def test_another_address_needs_the_password(client: httpx.AsyncClient, person: Person) -> None:
+async def test_another_address_needs_the_password_and_the_old_one_is_told(
+    client: httpx.AsyncClient, person: Person, context: Context, mails: list[Message]
+) -> None:
     email = f"new-{person.email}"
     response = await client.patch("/auth/me", json={"email": email}, headers=person.headers)
     assert fields(response).keys() == {"current_password"}
@@ -410,6 +432,10 @@ async def test_another_address_needs_the_password(client: httpx.AsyncClient, per
     right = {"email": email, "current_password": PASSWORD}
     assert (await client.patch("/auth/me", json=right, headers=person.headers)).status_code == 200
     await sign_in(client, email)
+    await context.mailer.flush()
+    (mail,) = mails
+    assert mail.to == person.email
+    assert email in mail.text
 
 
 async def test_nobody_makes_themselves_an_administrator(client: httpx.AsyncClient, person: Person) -> None:

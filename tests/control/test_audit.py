@@ -1,6 +1,7 @@
 """The audit log: rows are only ever added, and whatever is done to them otherwise is found."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -217,6 +218,27 @@ async def test_values_of_every_kind_survive(own: Database) -> None:
     (event,) = (await audit.list_events(connection := await asyncpg.connect(own._url), Filter(), page=1, limit=9))[0]
     await connection.close()
     assert event["target"] == {"kind": "thing\u2028", "id": "\ufffd?"}
+
+
+@pytest.mark.parametrize(
+    ("address", "stored"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:DB8::0:1", "2001:db8::1"),
+        ("::abcd:1234", "::171.205.18.52"),
+        ("64:ff9b::192.0.2.1", "64:ff9b::c000:201"),
+        ("fe80::1%eth0", "fe80::1"),
+        ("a socket", None),
+        ("", None),
+        (None, None),
+    ],
+)
+async def test_addresses_of_every_kind_survive(own: Database, address: str | None, stored: str | None) -> None:
+    async with own.transaction() as connection:
+        await record(connection, dataclasses.replace(SOMEBODY, address=address), "test.run", ("thing", None))
+    assert await own.fetchval("SELECT host(address) FROM audit_events") == stored
+    assert (await report(own)).intact
 
 
 async def test_secrets_are_masked(own: Database) -> None:

@@ -104,6 +104,16 @@ async def test_the_account_is_the_same_in_any_spelling(from_address: From, perso
     assert (await attempt(client, person.email)).status_code == 429
 
 
+async def test_spellings_that_are_one_account_are_throttled_as_one(context: Context) -> None:
+    spellings = ("K\u0130elvin@example.com", "k\u0130ELVIN@example.com", "\u212a\u0130elvin@example.com")  # Kelvin sign
+    lowered = {await context.database.fetchval("SELECT lower($1::text)", spelling) for spelling in spellings}
+    counted = {
+        tuple(await context.throttle.sign_in_subjects(context.database, spelling, "198.51.100.1"))
+        for spelling in spellings
+    }
+    assert len(counted) == len(lowered) == 1
+
+
 async def test_guesses_at_many_accounts_from_one_network_are_throttled(from_address: From, owner: Owner) -> None:
     client = from_address("198.51.100.1")
     for number in range(NETWORK.free + 1):
