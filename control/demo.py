@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from control import accounts, instances
+from control import accounts, api_keys, instances
 from control.app import make_context
 from control.audit import Actor
 from control.http import Context
@@ -72,6 +72,8 @@ async def _prepare(settings: Settings, file: Path, administrator: bool) -> Demo:
         user_id, organization_id = await _account(context, administrator)
         known = _read(file)
         demo = await _instance(context, user_id, organization_id, known)
+        if not await _key_works(context, demo.api_key):
+            demo = dataclasses.replace(demo, api_key=await _api_key(context, user_id, organization_id))
         if demo != known:
             _write(file, demo)
         return demo
@@ -120,6 +122,24 @@ async def _instance(context: Context, user_id: UUID, organization_id: UUID, know
     body = instances.CreateInstance(name="Demo", slug=INSTANCE, max_memory=MEMORY)
     made, tokens = await instances.create(context, _actor(context, user_id), organization_id, user_id, body)
     return Demo(str(organization_id), str(made), tokens["token"], tokens["readonly_token"], api_key)
+
+
+async def _key_works(context: Context, key: str) -> bool:
+    found = await context.database.fetchval(
+        "SELECT true FROM api_keys WHERE digest = $1 AND revoked_at IS NULL AND expires_at > now()"
+        " AND (valid_until IS NULL OR valid_until > now())",
+        api_keys.digest(key),
+    )
+    return found is True
+
+
+async def _api_key(context: Context, user_id: UUID, organization_id: UUID) -> str:
+    wanted = api_keys.CreateApiKey(name="Demo", scopes=["read", "write", "manage"])
+    async with context.database.transaction() as connection:
+        key, _ = await api_keys.create(
+            context, connection, _actor(context, user_id), organization_id, user_id, "owner", wanted
+        )
+    return key
 
 
 async def _wait(settings: Settings, demo: Demo) -> Demo:

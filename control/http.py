@@ -493,15 +493,18 @@ async def _principal(request: ApiRequest, token: str, *, sessions_only: bool = F
 
 
 async def _api_key(request: ApiRequest, token: str) -> Principal:
+    from control.api_keys import digest
+
     try:
         claims = request.context.tokens.verify_api_key(token)
     except InvalidToken:
         raise Unauthorized() from None
     row = await request.context.database.fetchrow(
         "SELECT k.id, k.user_id, k.organization_id, k.name, k.prefix, k.scopes, k.networks FROM api_keys k"
-        " JOIN users u ON u.id = k.user_id WHERE k.id = $1 AND k.revoked_at IS NULL AND k.expires_at > now()"
-        " AND (k.valid_until IS NULL OR k.valid_until > now()) AND u.disabled_at IS NULL",
+        " JOIN users u ON u.id = k.user_id WHERE k.id = $1 AND k.digest = $2 AND k.revoked_at IS NULL"
+        " AND k.expires_at > now() AND (k.valid_until IS NULL OR k.valid_until > now()) AND u.disabled_at IS NULL",
         claims.api_key_id,
+        digest(token),
     )
     if row is None:
         raise Unauthorized("this API key is revoked or has expired")
