@@ -8,8 +8,12 @@ import asyncio
 import logging
 
 from control.app import make_app, make_context
+from control.daily import DailyLeases
+from control.feed import AccessFeed
 from control.http import Unavailable, failure
 from control.migrate import MigrationError, migrate, unreachable
+from control.steward import host_id
+from control.usage import UsageCollector
 from redisgate.access import AccessTable
 from redisgate.asgi import AsgiServer
 from redisgate.config import Settings
@@ -29,15 +33,26 @@ class Plane:
 
     def __init__(self, settings: Settings, access: AccessTable, shared: SharedState, index: int) -> None:
         self.context = make_context(settings, name=f"redisgate worker {index}")
+        self.context.extra["access"] = access
+        self.leases = DailyLeases(self.context.database, host_id(settings.state_dir))
+        self.usage = UsageCollector(self.context.database, access)
+        self.feed = AccessFeed(self.context, access, shared, index, usage=self.usage, leases=self.leases)
+        self.context.extra["feed"] = self.feed
         busy = failure(Unavailable("too many requests are under way; try again", 1))
         self.http = AsgiServer(make_app(self.context), bytes(busy.body))
 
     async def start(self) -> None:
         """Begin to follow what changes; does not wait for PostgreSQL."""
+        self.leases.start()
+        self.usage.start()
+        self.feed.start()
 
     async def stop(self, seconds: float) -> None:
         """End what is under way, within `seconds`."""
         await self.http.finish(seconds)
+        await self.feed.stop()
+        await self.usage.stop()
+        await self.leases.stop()
         await self.context.close()
 
 

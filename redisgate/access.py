@@ -29,6 +29,7 @@ from resp.subscriptions import SubscriptionHub
 
 if TYPE_CHECKING:
     from redisgate.metering import UsageCell
+    from redisgate.streams import StreamExchange
 
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
@@ -231,9 +232,9 @@ class Keyring(Grant):
         """What was learned of this name."""
         return self._choices.get(reference)
 
-    def grants(self) -> list[Grant]:
-        """All that can be chosen."""
-        return [choice for choice in self._choices.values() if isinstance(choice, Grant)]
+    def choices(self) -> list[tuple[str | None, Grant]]:
+        """All that can be chosen, with the names that lead there."""
+        return [(name, choice) for name, choice in self._choices.items() if isinstance(choice, Grant)]
 
 
 class Source(Protocol):
@@ -255,7 +256,7 @@ class Source(Protocol):
 class AccessTable:
     """Credential bytes to `Grant`."""
 
-    __slots__ = ("_derive", "_grants", "instances", "revision", "source")
+    __slots__ = ("_derive", "_grants", "instances", "revision", "source", "streams")
 
     def __init__(self, derive: Callable[[bytes, "AccessTable"], Grant | None] | None = None) -> None:
         """`derive` makes the grant of a credential that carries its own proof, or returns None."""
@@ -264,6 +265,8 @@ class AccessTable:
         self.instances: dict[str, Instance] = {}
         self.revision = 0
         self.source: Source | None = None
+        self.streams: set[StreamExchange] = set()
+        """Answers that go on for as long as the right to them does."""
 
     def add_instance(self, instance: Instance) -> None:
         """Make an instance known by its id."""

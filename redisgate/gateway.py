@@ -604,6 +604,7 @@ class Gateway:
         if refusal is not None:
             exchange.error(400, refusal)
         elif grant.limiter is None or not self._over_limit(exchange, grant, [segments]):
+            exchange.grant = grant
             exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
 
     def _monitor(
@@ -617,6 +618,7 @@ class Gateway:
         if refusal is not None:
             exchange.error(400, refusal)
         elif grant.limiter is None or not self._over_limit(exchange, grant, [segments]):
+            exchange.grant = grant
             exchange.begin(grant.backend.monitor)
 
     # What is no command

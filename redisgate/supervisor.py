@@ -230,7 +230,8 @@ def _limited(settings: Settings) -> list[bytes]:
 
 
 def _has_daily_limits(settings: Settings) -> bool:
-    return any(token.daily is not None for token in settings.tokens)
+    # A control plane brings limits that nobody knows at the start.
+    return settings.control.enabled or any(token.daily is not None for token in settings.tokens)
 
 
 def _shared_state(settings: Settings) -> SharedState:
@@ -242,7 +243,7 @@ def _shared_state(settings: Settings) -> SharedState:
         return SharedState.create(settings.state_dir / COUNTS_FILE, settings.workers, digests)
     except SharedStateError as error:
         raise StartError(
-            f"{error}; tokens have daily limits, whose counts must be kept: set REDISGATE_STATE_DIR to a directory"
+            f"{error}; there are daily limits, whose counts must be kept: set REDISGATE_STATE_DIR to a directory"
             " that can be written and is no other gateway's"
         ) from error
 

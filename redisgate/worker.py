@@ -72,6 +72,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
         plane = Plane(settings, access, shared, index)
     gateway = Gateway(settings, access, tokens, plane.http if plane is not None else None)
     http = HttpServer(gateway, settings.limits, ResponseHeads(secrets.token_hex(6).encode()))
+    access.streams = http.streams
     http.start()
     heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
     heartbeat.start()
