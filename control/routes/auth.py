@@ -7,7 +7,7 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from control import accounts, organizations
+from control import accounts, api_keys, organizations
 from control.accounts import Registration, SignedIn
 from control.audit import as_user
 from control.database import Connection
@@ -23,6 +23,7 @@ from control.http import (
     session_cookie,
 )
 from control.passwords import MAX_PASSWORD_LENGTH, MIN_PASSWORD_LENGTH
+from control.routes.api_keys import ApiKey
 from control.settings import public_url
 
 TAGS: Final = ["Accounts"]
@@ -128,7 +129,7 @@ class Session(msgspec.Struct):
     session_id: UUID
     user: User
     organization_id: UUID | None
-    api_key: dict[str, object] | None
+    api_key: ApiKey | None
 
 
 @endpoint(
@@ -184,13 +185,8 @@ async def _session(request: ApiRequest, signed_in: SignedIn) -> Reply:
 
 
 async def _newest_api_key(connection: Connection, organization_id: UUID) -> dict[str, object] | None:
-    row = await connection.fetchrow(
-        "SELECT id, name, prefix AS key_prefix, scopes, created_at, expires_at, last_used_at FROM api_keys"
-        " WHERE organization_id = $1 AND revoked_at IS NULL AND expires_at > now()"
-        " AND (valid_until IS NULL OR valid_until > now()) ORDER BY created_at DESC, id LIMIT 1",
-        organization_id,
-    )
-    return None if row is None else dict(row)
+    keys, _ = await api_keys.list_keys(connection, organization_id, page=1, limit=1)
+    return api_keys.view(keys[0]) if keys else None
 
 
 @endpoint("POST", "/auth/logout", permission="session", summary="Sign out", tags=TAGS, message="signed out")

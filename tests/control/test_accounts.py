@@ -210,7 +210,8 @@ async def test_signing_in_shows_the_newest_key_and_makes_none(
     body = {"email": person.email, "password": PASSWORD}
     shown = [(await client.post("/auth/login", json=body)).json()["data"]["api_key"] for _ in range(3)]
     assert {key["name"] for key in shown} == {"newest"}
-    assert "digest" not in shown[0]
+    assert shown[0]["key_prefix"] == "rg_12345678"
+    assert not {"digest", "key"} & shown[0].keys()
     assert await owner.fetchval("SELECT count(*) FROM api_keys WHERE user_id = $1", person.id) == 2
 
 
