@@ -20,7 +20,7 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from control import audit, quotas
+from control import audit, hosts, quotas
 from control.addresses import AddressPolicy
 from control.database import Connection, Database, Record
 from control.duties import duty
@@ -37,8 +37,6 @@ MIN_MEMORY: Final = 1024 * 1024
 MAX_MEMORY: Final = 16 * 1024 * 1024 * 1024
 SETTLE_SECONDS: Final = 10.0
 """How long an answer waits for what was asked for to be done; then it tells how far it is."""
-HOST_SECONDS: Final = 60.0
-"""A host that has not been heard of for so long counts as away."""
 MAX_STEPS_SHOWN: Final = 20
 LABEL_SUFFIX: Final = 6
 """Random characters after the slug in a label."""
@@ -364,8 +362,11 @@ async def create(
             "password_encrypted": _encrypt(encryption, instance_id, "password", secrets.token_urlsafe(32)),
             "admin_password_encrypted": _encrypt(encryption, instance_id, "admin_password", secrets.token_urlsafe(32)),
         }
+    here = await asyncio.to_thread(hosts.host_id, context.gateway_settings.state_dir)
     async with context.database.transaction() as connection:
         await quotas.reserve_instance(connection, organization_id, values["max_memory"])
+        if provisioner == "local" and await hosts.is_here(connection, here):
+            values["host_id"] = here  # where this gateway can reach it
         await _insert(connection, values)
         after = {name: values[name] for name in ("name", "slug", "provisioner", "max_memory", "redis_version_wanted")}
         await audit.record(
@@ -405,14 +406,10 @@ async def _version_problem(context: Context, wanted: str | None) -> str | None:
     """Why no host can run a version of Redis; None where one can, or where nobody knows yet."""
     if wanted is None or context.settings.mode == "dev":
         return None
-    versions = await context.database.fetchval(
-        "SELECT array_agg(DISTINCT version) FROM hosts, unnest(redis_versions) AS version"
-        " WHERE seen_at > now() - $1::interval",
-        timedelta(seconds=HOST_SECONDS),
-    )
+    versions = await hosts.redis_versions(context.database)
     if not versions or any(version_matches(wanted, version) for version in versions):
         return None
-    return f"there is no Redis {wanted} here; there is {', '.join(sorted(versions))}"
+    return f"there is no Redis {wanted} here; there is {', '.join(versions)}"
 
 
 async def _register(context: Context, instance_id: UUID, url: str, redis_version: str | None) -> dict[str, Any]:

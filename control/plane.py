@@ -10,9 +10,10 @@ import logging
 from control.app import make_app, make_context
 from control.daily import DailyLeases
 from control.feed import AccessFeed
+from control.hosts import host_id
+from control.hosts import host_id
 from control.http import Unavailable, failure
 from control.migrate import MigrationError, migrate, unreachable
-from control.steward import host_id
 from control.usage import UsageCollector
 from redisgate.access import AccessTable
 from redisgate.asgi import AsgiServer

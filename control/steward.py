@@ -20,8 +20,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import datetime
 from pathlib import Path
 from typing import Final
-from uuid import UUID, uuid4
+from uuid import UUID
 
+from control import hosts
 from control.audit import Actor
 from control.database import Database, DatabaseAway
 from control.duties import DUTIES, Duty
@@ -33,8 +34,6 @@ from control.reconciler import Reconciler, Step, next_step
 from control.settings import instances_dir
 from redisgate.config import ConfigError, Settings
 
-HOST_FILE: Final = "host-id"
-"""In the state directory: who we are, for ever."""
 LOCK_FILE: Final = "steward.lock"
 CHANNEL: Final = "redisgate_instances"
 HEARTBEAT_SECONDS: Final = 10.0
@@ -53,30 +52,6 @@ LEADER_LOCK: Final = 0x52474C44
 MODULES_WITH_DUTIES: Final = ("control.accounts", "control.audit", "control.usage", "control.instances")
 
 log = logging.getLogger(__name__)
-
-
-def host_id(state_dir: Path) -> UUID:
-    """The id of this host; made and kept when it is asked for first.
-
-    Raises:
-        ConfigError: it can be neither read nor written.
-    """
-    path = state_dir / HOST_FILE
-    try:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with contextlib.suppress(FileNotFoundError):
-            return UUID(path.read_text().strip())
-        new = path.with_suffix(f".{os.getpid()}")
-        new.write_text(f"{uuid4()}\n")
-        # Whoever links first decides.
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)
-        new.unlink()
-        return UUID(path.read_text().strip())
-    except OSError as error:
-        raise ConfigError(f"cannot keep this host's id in {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} does not hold the id of this host; remove it to have a new one made") from error
 
 
 def check(settings: Settings) -> None:
@@ -158,7 +133,7 @@ class Steward:
     def __init__(self, context: Context, *, on_step: OnStep = lambda step: None) -> None:
         """Raises ConfigError if something that is needed is missing."""
         settings = context.gateway_settings
-        self.host_id = host_id(settings.state_dir)
+        self.host_id = hosts.host_id(settings.state_dir)
         self._context = context
         self._database: Database = context.database
         control = settings.control
@@ -225,13 +200,7 @@ class Steward:
 
     async def _register(self) -> None:
         """Say that this host is there."""
-        await self._database.execute(
-            "INSERT INTO hosts (id, name, redis_versions) VALUES ($1, $2, $3) ON CONFLICT (id) DO UPDATE"
-            " SET name = $2, redis_versions = $3, seen_at = now()",
-            self.host_id,
-            socket.gethostname(),
-            self._local.versions(),
-        )
+        await hosts.register(self._database, self.host_id, socket.gethostname(), self._local.versions())
 
     async def _listen(self) -> None:
         """Act at once on what is written down."""
@@ -241,7 +210,11 @@ class Steward:
             await connection.add_listener(CHANNEL, lambda _c, _p, _ch, payload: self._on_notify(str(payload)))
             await self._register()
             await self._look_at_all()  # what was written before we listened
-            await lost.wait()
+            while not lost.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(lost.wait(), HEARTBEAT_SECONDS)
+                if not lost.is_set():
+                    await connection.execute("SELECT 1")  # a connection that is cut without a word shows when used
         raise DatabaseAway("PostgreSQL is not available: the listening connection was lost")
 
     def _on_notify(self, payload: str) -> None:
@@ -306,6 +279,7 @@ class Steward:
             log.info("this host works for the whole deployment")
             self._provisioners["external"] = external_provisioner(self._context)
             tasks = [asyncio.create_task(self._forever("the sweep of external instances", self._sweep_external))]
+            tasks.append(asyncio.create_task(self._forever("the watch over hosts", self._watch_hosts)))
             tasks += [asyncio.create_task(self._do(duty)) for duty in load_duties()]
             try:
                 while True:
@@ -322,6 +296,13 @@ class Steward:
             for row in await self._database.fetch("SELECT id FROM instances WHERE provisioner = 'external'"):
                 self._queue.add(row["id"])
             await asyncio.sleep(EXTERNAL_SWEEP_SECONDS)
+
+    async def _watch_hosts(self) -> None:
+        """Say so when a host is away. Not at once: after PostgreSQL was away, every host has yet to be heard of."""
+        while True:
+            await asyncio.sleep(hosts.AWAY_SECONDS)
+            for instance_id in await hosts.note_those_away(self._database):
+                log.warning("instance %s: its host is away", instance_id)
 
     async def _do(self, duty: Duty) -> None:
         while True:

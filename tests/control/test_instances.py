@@ -14,7 +14,7 @@ import asyncpg
 import httpx
 import pytest
 
-from control import instances, steward
+from control import hosts, instances, steward
 from control.app import make_context
 from control.database import Database
 from control.http import Context
@@ -485,10 +485,10 @@ def test_a_provisioner_that_is_not_built_is_a_clear_error_at_start(settings: Set
     with pytest.raises(ConfigError, match="cannot be run"):
         steward.check(with_(redis_server="/no/such/redis-server"))
     steward.check(settings)
-    assert steward.host_id(tmp_path) == steward.host_id(tmp_path)
+    assert hosts.host_id(tmp_path) == hosts.host_id(tmp_path)
     (tmp_path / "host-id").write_text("mine")
     with pytest.raises(ConfigError, match="remove it"):
-        steward.host_id(tmp_path)
+        hosts.host_id(tmp_path)
 
 
 async def test_the_gateways_own_services_are_known(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from control import instances, steward
+from control import hosts, instances, steward
 from control.app import make_app, make_context
 from control.duties import Duty
 from control.http import Context
@@ -223,6 +223,45 @@ async def test_the_next_steward_waits_for_the_one_before_to_end(here: Settings) 
     await eventually(context.database, created, status="stopped")
     other.set()
     await second
+    await context.close()
+
+
+async def test_instances_are_made_where_the_gateway_that_was_asked_can_reach_them(
+    here: Settings, tmp_path: Path
+) -> None:
+    there = dataclasses.replace(here, state_dir=tmp_path / "there")
+    contexts = [make_context(settings, name="tests") for settings in (here, there)]
+    async with at_work(here) as first, at_work(there) as second:
+        await until(lambda: _seen(first, second))
+        for context, one in zip(contexts, (first, second), strict=True):
+            row = await eventually(context.database, await create(context), status="running")
+            assert row["host_id"] == one.host_id
+    stop_everything(instances_dir(there))
+    for context in contexts:
+        await context.close()
+
+
+async def test_instances_of_a_host_that_is_away_are_said_to_be_in_error_until_it_is_back(
+    here: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = dataclasses.replace(here, state_dir=tmp_path / "there")
+    context = make_context(there, name="tests")
+    async with at_work(there):
+        created = await create(context)
+        first = await eventually(context.database, created, status="running")
+    pending = await create(context)  # it is that host's, which has not begun with it
+    assert (await eventually(context.database, pending))["host_id"] == first["host_id"]
+    await context.database.execute("UPDATE hosts SET seen_at = now() - interval '2 minutes'")
+    monkeypatch.setattr(hosts, "AWAY_SECONDS", 0.5)
+    async with at_work(here) as other:
+        await eventually(context.database, pending, status="running", host_id=other.host_id)
+        row = await eventually(context.database, created, status="error")
+        assert "has not been heard of since" in row["status_reason"]
+        assert row["host_id"] == first["host_id"]
+        async with at_work(there):
+            row = await eventually(context.database, created, status="running")
+            assert row["process"] == first["process"], "it ran all the time"
+    stop_everything(instances_dir(there))
     await context.close()
 
 
