@@ -11,7 +11,6 @@ from control.app import make_app, make_context
 from control.daily import DailyLeases
 from control.feed import AccessFeed
 from control.hosts import host_id
-from control.hosts import host_id
 from control.http import Unavailable, failure
 from control.migrate import MigrationError, migrate, unreachable
 from control.usage import UsageCollector
