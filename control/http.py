@@ -440,7 +440,11 @@ async def _call(request: ApiRequest) -> object:
     if chosen.permission != "public":
         request.principal = await authenticate(request)
     request.path = _path(chosen, request.raw.path_params)
-    await _authorize(request)
+    try:
+        await _authorize(request)
+    except Forbidden:
+        await _record_refusal(request)
+        raise
     if chosen.query is not None:
         request.parameters = _query(chosen.query, request.raw)
     if chosen.body is None:
@@ -551,6 +555,19 @@ async def _authorize(request: ApiRequest) -> None:
     if principal.scopes is not None and not allows(role, permission, principal.scopes):
         raise Forbidden(f"this API key lacks the scope {permission}")
     request.principal = dataclasses.replace(principal, organization_id=organization_id, role=role)
+
+
+async def _record_refusal(request: ApiRequest) -> None:
+    """Put on record that somebody tried what they may not; reading is not recorded, refused or not."""
+    from control import audit
+
+    permission = request.endpoint.permission
+    if permission == "session" or request.raw.method in _SAFE_METHODS:
+        return
+    name, value = next(reversed(request.path.items()), ("route", request.endpoint.path))
+    target = ({"org_id": "organization", "key_id": "api_key"}.get(name, name.removesuffix("_id")), value)
+    async with request.context.database.transaction() as connection:
+        await audit.record(connection, request, permission, target, outcome="denied")
 
 
 async def _exists(request: ApiRequest, organization_id: UUID) -> bool:

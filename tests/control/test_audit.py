@@ -404,6 +404,20 @@ async def test_failed_sign_ins_are_recorded_without_the_password(
     assert "hunter2" not in str(await database.fetch("SELECT * FROM audit_events"))
 
 
+async def test_refused_attempts_are_recorded(client: httpx.AsyncClient, person: Person) -> None:
+    viewer = await join(client, person, "viewer")
+    body = {"role": "owner"}
+    member = f"/api/organizations/{person.organization_id}/members/{viewer.id}"
+    assert (await client.patch(member, json=body, headers=viewer.headers)).status_code == 403
+    assert (await client.get(path(person), headers=viewer.headers)).status_code == 403
+    stranger = await register(client)
+    assert (await client.patch(member, json=body, headers=stranger.headers)).status_code == 404
+    (event,) = await events(client, person, outcome="denied")
+    assert event["action"] == "members.update"
+    assert event["actor"]["id"] == str(viewer.id)
+    assert event["target"] == {"kind": "user", "id": str(viewer.id)}
+
+
 async def test_the_service_keeps_a_chain_that_holds(
     client: httpx.AsyncClient, person: Person, database: Database
 ) -> None:
