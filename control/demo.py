@@ -17,9 +17,12 @@ from uuid import UUID
 from control import accounts, api_keys, instances
 from control.app import make_context
 from control.audit import Actor
+from control.database import Record
 from control.http import Context
 from control.migrate import migrate
 from redisgate.config import ConfigError, Settings
+from resp.connection import connect
+from resp.errors import ReplyLost, RespError
 
 EMAIL = "demo@redisgate.dev"
 PASSWORD = "Demo123456!"
@@ -144,13 +147,32 @@ async def _api_key(context: Context, user_id: UUID, organization_id: UUID) -> st
 
 async def _wait(settings: Settings, demo: Demo) -> Demo:
     context = make_context(settings, name="redisgate dev")
+    status = "not there yet"
     try:
-        row = await instances.wait_until_settled(context.database, UUID(demo.instance_id), WAIT_SECONDS)
-        status = "gone" if row is None else row["status"]
-        reason = row["status_reason"] if row is not None and row["status_reason"] else ""
-        return dataclasses.replace(demo, status=f"{status}: {reason}" if reason else status)
+        async with asyncio.timeout(WAIT_SECONDS):
+            while True:
+                row = await instances.wait_until_settled(context.database, UUID(demo.instance_id), WAIT_SECONDS)
+                if row is None:
+                    return dataclasses.replace(demo, status="gone")
+                status = f"{row['status']}: {row['status_reason']}" if row["status_reason"] else row["status"]
+                # That it runs may be said of the time before it was stopped with us.
+                if row["status"] != "running" or await _answers(context, row):
+                    break
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        pass
     finally:
         await context.close()
+    return dataclasses.replace(demo, status=status)
+
+
+async def _answers(context: Context, row: Record) -> bool:
+    try:
+        connection = await connect(instances.address_of(row, context.encryption), timeout=1)
+    except RespError:
+        return False
+    connection.close(ReplyLost("done"))
+    return True
 
 
 def _read(file: Path) -> Demo | None:

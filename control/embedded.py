@@ -138,7 +138,7 @@ class EmbeddedPostgres:
             if os.geteuid() == 0:
                 self._become_unprivileged()
                 programs = self._readable(programs)
-            if not (self.data / "PG_VERSION").exists():
+            if not self.data.exists():
                 self._initialize(programs)
             self._password = (self.directory / PASSWORD_FILE).read_text().strip()
             self._run(programs)
@@ -221,51 +221,45 @@ class EmbeddedPostgres:
             options |= {"user": self._identity.uid, "group": self._identity.gid, "extra_groups": []}
         return options
 
-    def _data_argument(self) -> str:
+    def _data_argument(self, data: Path) -> str:
         # The working directory needs no way to it.
-        return (
-            "/proc/self/cwd" if self._identity.uid is not None and os.path.exists("/proc/self/cwd") else str(self.data)
-        )
+        return "/proc/self/cwd" if self._identity.uid is not None and os.path.exists("/proc/self/cwd") else str(data)
 
     # Programs
 
     def _initialize(self, programs: Path) -> None:
         assert self._runtime is not None
-        if self.data.exists():
-            shutil.rmtree(self.data)  # of an earlier try that did not come to its end
-        self.data.mkdir(mode=0o700)
+        # Under another name until it is complete: whoever ends us meanwhile leaves nothing that looks like a database.
+        new = self.data.with_name("data.new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
         password = secrets.token_urlsafe(24)
         password_file = Path(self._runtime.name) / "pw"
         _write_private(password_file, password)
         if self._identity.uid is not None and self._identity.gid is not None:
-            for path in (self.data, password_file):
+            for path in (new, password_file):
                 os.chown(path, self._identity.uid, self._identity.gid)
         done = subprocess.run(
             [
-                *(str(programs / "bin" / "initdb"), "-D", self._data_argument(), "-U", SUPERUSER),
-                *(
-                    "--auth=scram-sha-256",
-                    "--pwfile",
-                    str(password_file),
-                    "--encoding=UTF8",
-                    "--locale-provider=builtin",
-                ),
-                *("--locale=C", "--builtin-locale=C.UTF-8", "--no-sync", "--no-instructions"),
-                *("-c", "dynamic_shared_memory_type=posix"),
+                *(str(programs / "bin" / "initdb"), "-D", self._data_argument(new), "-U", SUPERUSER),
+                *("--auth=scram-sha-256", "--pwfile", str(password_file), "--encoding=UTF8"),
+                *("--locale-provider=builtin", "--locale=C", "--builtin-locale=C.UTF-8"),
+                *("--no-sync", "--no-instructions", "-c", "dynamic_shared_memory_type=posix"),
             ],
             capture_output=True,
-            **self._as_user(str(self.data)),
+            **self._as_user(str(new)),
         )
         password_file.unlink()
         if done.returncode != 0:
-            shutil.rmtree(self.data, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             reason = done.stderr.decode(errors="replace").strip().splitlines()
             raise EmbeddedError(f"cannot make a database in {self.data}: {reason[-1] if reason else 'no reason given'}")
         _write_private(self.directory / PASSWORD_FILE, password)
+        new.rename(self.data)
 
     def _run(self, programs: Path) -> None:
         assert self._runtime is not None
-        arguments = [str(programs / "bin" / "postgres"), "-D", self._data_argument(), "-k", self._runtime.name]
+        arguments = [str(programs / "bin" / "postgres"), "-D", self._data_argument(self.data), "-k", self._runtime.name]
         for name, value in self._settings.items():
             arguments += ["-c", f"{name}={value}"]
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
