@@ -98,7 +98,7 @@ def view(row: Record) -> dict[str, Any]:
     shown = dict(row)
     shown["key_prefix"] = shown.pop("prefix")
     shown["allowed_networks"] = [str(network) for network in shown.pop("networks")]
-    shown["last_used_from"] = None if row["last_used_from"] is None else str(row["last_used_from"].ip)
+    shown["last_used_from"] = None if row["last_used_from"] is None else str(row["last_used_from"])
     return shown
 
 

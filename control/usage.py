@@ -23,9 +23,10 @@ from uuid import UUID, uuid4
 
 from control.database import Connection, Database, DatabaseAway, Record
 from control.duties import duty
+from control.encryption import Encryption
 from control.http import BadRequest, Context
 from control.instances import address_of
-from redisgate.access import AccessTable, IpAddress
+from redisgate.access import AccessTable, Instance, IpAddress
 from redisgate.config import ControlSettings
 from redisgate.metering import UsageCell, percentile
 from resp.commands import CommandTable
@@ -289,6 +290,28 @@ async def _look(pool: Pool, database: int) -> Sample:
     return Sample(int(keyspace.get("keys", 0)), int(info["used_memory"]), int(info["connected_clients"]))
 
 
+async def look_at(row: Record, encryption: Encryption, loaded: Instance | None = None) -> tuple[float, Sample]:
+    """How long an instance takes to answer, in seconds, and what it says; over the gateway's connections if it has any.
+
+    Raises:
+        RespError, ValueError: it does not answer, or not as it should.
+        DecryptionError: the key of its password is missing.
+    """
+    if loaded is not None:
+        pool, database = loaded.backend.pool, loaded.config.address.database
+    else:
+        address = address_of(row, encryption)
+        pool, database = Pool(address, size=2, connect_timeout=SAMPLE_TIMEOUT), address.database
+    try:
+        await pool.call(b"PING")  # connects, if nobody has yet
+        began = time.perf_counter()
+        await pool.call(b"PING")
+        return time.perf_counter() - began, await _look(pool, database)
+    finally:
+        if loaded is None:
+            pool.abort()
+
+
 async def _keep_samples(database: Database, samples: Sequence[tuple[UUID, Sample]]) -> None:
     if not samples:
         return
@@ -318,13 +341,8 @@ async def sample_instances(context: Context) -> None:
     async def one(row: Record) -> tuple[UUID, Sample] | None:
         async with turns:
             try:
-                address = address_of(row, context.encryption)
-                pool = Pool(address, size=2, connect_timeout=SAMPLE_TIMEOUT, command_timeout=SAMPLE_TIMEOUT)
-                try:
-                    async with asyncio.timeout(2 * SAMPLE_TIMEOUT):
-                        return row["id"], await _look(pool, address.database)
-                finally:
-                    pool.abort()
+                async with asyncio.timeout(SAMPLE_TIMEOUT):
+                    return row["id"], (await look_at(row, context.encryption))[1]
             except Exception as error:
                 log.debug("no sample of instance %s: %s", row["id"], error)
                 return None
@@ -391,16 +409,6 @@ def retention(settings: ControlSettings) -> dict[str, timedelta]:
 
 
 # Reading
-
-
-async def commands_today(connection: Connection, organization_id: UUID) -> int:
-    """Commands since UTC midnight that the workers have written; the last seconds are missing."""
-    found: int = await connection.fetchval(
-        "SELECT coalesce(sum(commands), 0)::bigint FROM usage"
-        " WHERE organization_id = $1 AND step = 'minute' AND at >= date_trunc('day', now(), 'UTC')",
-        organization_id,
-    )
-    return found
 
 
 def span(
