@@ -60,6 +60,7 @@ async def test_audit_verify_finds_what_was_done_to_the_log(own_urls: Urls, tmp_p
     assert [json.loads(line)["sequence"] for line in exported.stdout.splitlines()] == [1, 2, 3, 4, 5]
 
     intruder = await asyncpg.connect(urls.owner)
+    await intruder.execute("GRANT ALL ON audit_events TO CURRENT_USER")
     await intruder.execute("ALTER TABLE audit_events DISABLE TRIGGER append_only")
     await intruder.execute("DELETE FROM audit_events WHERE sequence = 5")
     cut = run(urls, tmp_path, "audit", "verify")
