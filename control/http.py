@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 from uuid import UUID
 
+import asyncpg
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -61,6 +62,8 @@ _SAFE_METHODS = ("GET", "HEAD")
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+
+_NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
 
 log = logging.getLogger(__name__)
 
@@ -430,6 +433,9 @@ def _unexpected(error: Exception, request: Request) -> ApiError:
 
     if isinstance(error, TooBusy):
         return Unavailable("too many people sign in at the moment; try again")
+    if isinstance(error, _NOT_MIGRATED):
+        log.error("%s %s: the database lacks migrations: %s", request.method, request.url.path, error)
+        return Unavailable("the database is being brought up to date; try again")
     reference = secrets.token_hex(6)
     log.error("internal error %s: %s %s", reference, request.method, request.url.path, exc_info=error)
     return ApiError(500, f"internal error, reference {reference}; it is in the log")

@@ -22,7 +22,7 @@ from redisgate.shared import SharedState
 __all__ = ["MigrationError", "Plane", "migrate_at_start", "run_steward"]
 
 FIRST_RETRY_SECONDS = 0.5
-MAX_RETRY_SECONDS = 10.0
+MAX_RETRY_SECONDS = 2.0
 """Between two tries to reach a PostgreSQL that is away: doubles from the first to the second."""
 
 log = logging.getLogger(__name__)
