@@ -83,17 +83,19 @@ BEGIN
         INTO others, gateways
         FROM daily_leases WHERE subject = whom AND day = which_day AND gateway <> who;
     remaining := greatest(daily_limit - others - greatest(held, spent), 0);
-    -- Alone, it gets half of what is left, or all of little; others have to find something when they come.
-    part := CASE WHEN gateways = 1 THEN greatest(remaining / 2, least(remaining, 1000))
-                 ELSE greatest(remaining / (2 * gateways), 1) END;
+    -- Not all of it, even when alone: others have to find something when they come.
+    part := greatest(remaining / (2 * gateways), need - spare, 1);
     granted := greatest(-spare, 0);  -- what was used ahead of any lease
-    IF need > 0 AND remaining > 0 AND (spare < need OR spare < part / 2) THEN
+    IF spare > 0 AND others + held > daily_limit THEN
+        -- It was silent for so long that what it held went to others.
+        granted := -least(spare, others + held - daily_limit);
+    ELSIF need > 0 AND remaining > 0 AND (spare < need OR spare < part / 2) THEN
         granted := granted + least(remaining, part);
     ELSIF need < 0 AND spare > 0 THEN
         granted := -spare;
     ELSIF gateways > 1 AND remaining < spare THEN
         -- Others will need it; it keeps what it needs itself, and a little for whoever comes.
-        granted := granted - greatest(spare - greatest(need, daily_limit / 100 + 1), 0);
+        granted := granted - greatest(spare - greatest(need, daily_limit / 100), 0);
     END IF;
     INSERT INTO daily_leases AS mine (subject, day, gateway, leased, used, seen_at)
         VALUES (whom, which_day, who, held + granted, spent, moment)

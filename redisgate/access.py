@@ -13,10 +13,10 @@ stood) is a `Keyring`, from which `AccessTable.resolve` takes a grant.
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from redisgate.config import InstanceConfig
 from redisgate.policy import Policy, Scope
@@ -143,11 +143,15 @@ class Limiter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LimitRefusal:
-    """Why a limit refuses a request, and after how many seconds to try again; 0: never."""
+    """Why a limit refuses a request, and after how many seconds to try again; 0: never.
+
+    With `wait` it is not decided yet: await that, and ask again.
+    """
 
     line: bytes
     retry_after: int
     status: int = 429
+    wait: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

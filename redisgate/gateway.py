@@ -228,13 +228,20 @@ class Gateway:
             exchange.error(found.status, found.line, found.headers)
             return None
 
-        def again() -> None:
-            # What comes of the request now takes the place of the exchange that waited.
-            connection.exchanges.remove(exchange)
-            self.handle(connection, method, target, head, body)
-
-        self._later(connection, exchange, self._load(exchange, credential, reference), again)
+        self._later(
+            connection,
+            exchange,
+            self._load(exchange, credential, reference),
+            lambda: self._instead(exchange, lambda: self.handle(connection, method, target, head, body)),
+        )
         return None
+
+    @staticmethod
+    def _instead(exchange: Exchange, again: Callable[[], None]) -> None:
+        """Let what comes of a request now take the place of the exchange that waited for it."""
+        if exchange.connection is not None:
+            exchange.connection.exchanges.remove(exchange)
+            again()
 
     async def _load(self, exchange: Exchange, credential: bytes, reference: str | None) -> None:
         assert self._access.source is not None
@@ -267,7 +274,7 @@ class Gateway:
             exchange = Exchange(connection, head, method)
         else:
             exchange = MeteredExchange(connection, head, method, grant.limiter)
-            if self._over_limit(exchange, grant, [argv]):
+            if self._over_limit(exchange, grant, [argv], lambda: self._command(connection, method, head, grant, argv)):
                 return
         rule = grant.policy.rule(argv[0])
         if rule is not None and rule.plain:
@@ -325,7 +332,8 @@ class Gateway:
         except Unavailable as error:
             exchange.failed(error)
 
-    def _over_limit(self, exchange: Exchange, grant: Grant, commands: list[Argv]) -> bool:
+    def _over_limit(self, exchange: Exchange, grant: Grant, commands: list[Argv], again: Callable[[], None]) -> bool:
+        """Count the commands; True: the request was refused, or waits until `again` is called for it."""
         limiter = grant.limiter
         assert limiter is not None
         cell = limiter.cell
@@ -334,6 +342,10 @@ class Gateway:
         refusal = limiter.admit(commands)
         if refusal is None:
             return False
+        connection = exchange.connection
+        if refusal.wait is not None and connection is not None:
+            self._later(connection, exchange, refusal.wait(), lambda: self._instead(exchange, again))
+            return True
         retry_after = b"Retry-After: %d\r\n" % refusal.retry_after if refusal.retry_after else b""
         exchange.error(refusal.status, refusal.line, retry_after)
         return True
@@ -356,7 +368,9 @@ class Gateway:
             if limiter is None
             else MeteredPipeline(connection, head, method, limiter)
         )
-        commands = self._commands(exchange, method, grant, body)
+        commands = self._commands(
+            exchange, method, grant, body, lambda: self._pipeline(connection, method, head, grant, segments, body)
+        )
         if commands is None:
             return
         if not commands:
@@ -396,7 +410,9 @@ class Gateway:
             if limiter is None
             else MeteredTransaction(connection, head, method, limiter)
         )
-        commands = self._commands(exchange, method, grant, body)
+        commands = self._commands(
+            exchange, method, grant, body, lambda: self._transaction(connection, method, head, grant, segments, body)
+        )
         if commands is None:
             return
         if not commands:
@@ -447,7 +463,9 @@ class Gateway:
         if backend.pool.transactions is None:
             raise Unavailable("the connection to the instance was lost before the transaction was sent")
 
-    def _commands(self, exchange: Exchange, method: bytes, grant: Grant, body: bytes) -> list[Argv] | None:
+    def _commands(
+        self, exchange: Exchange, method: bytes, grant: Grant, body: bytes, again: Callable[[], None]
+    ) -> list[Argv] | None:
         """The commands of a body, counted against the limits; None if the request was answered with an error."""
         if method not in _BODY_METHODS:
             exchange.error(405, b"ERR method not allowed, use POST", b"Allow: POST, PUT\r\n")
@@ -459,7 +477,7 @@ class Gateway:
         except BadRequest as error:
             exchange.error(400, str(error).encode())
             return None
-        if grant.limiter is not None and commands and self._over_limit(exchange, grant, commands):
+        if grant.limiter is not None and commands and self._over_limit(exchange, grant, commands, again):
             return None
         return commands
 
@@ -603,7 +621,12 @@ class Gateway:
         refusal = grant.policy.stream_refusal(segments[0])
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(exchange, grant, [segments]):
+        elif grant.limiter is None or not self._over_limit(
+            exchange,
+            grant,
+            [segments],
+            lambda: self._stream(connection, method, head, grant, segments, pattern=pattern),
+        ):
             exchange.grant = grant
             exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
 
@@ -617,7 +640,9 @@ class Gateway:
         refusal = grant.policy.stream_refusal(b"monitor")
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(exchange, grant, [segments]):
+        elif grant.limiter is None or not self._over_limit(
+            exchange, grant, [segments], lambda: self._monitor(connection, method, head, grant, segments, body)
+        ):
             exchange.grant = grant
             exchange.begin(grant.backend.monitor)
 

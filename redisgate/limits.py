@@ -32,6 +32,18 @@ class Lease(Protocol):
         """Up to how many commands this gateway may have counted today; `used` is how many it has."""
         ...
 
+    def others(self) -> int:
+        """How much of today's limit other gateways hold, as far as is known."""
+        ...
+
+    def may_grow(self, need: int) -> bool:
+        """Whether it is worth waiting until there is room for `need` commands more; asks for it."""
+        ...
+
+    async def answer(self) -> None:
+        """Wait until more is known of what was asked for."""
+        ...
+
 
 class Limit:
     """At most `rate` commands per second and `daily` commands per UTC day; None: no limit."""
@@ -93,20 +105,24 @@ class Limit:
         left = math.inf
         if self._daily is not None:
             used = counter.day_usage(now)
-            ceiling = self._daily
-            if self._lease is not None:
-                ceiling = self._lease.ceiling(now, used)
-            left = ceiling - used
             midnight = now - now % _DAY_SECONDS + _DAY_SECONDS
-            # What other gateways hold is not ours to promise; near the end of our part the truth is soon known.
+            others = 0
+            left = self._daily - used
+            if self._lease is not None:
+                left = self._lease.ceiling(now, used) - used
+                others = self._lease.others()
             self._stands = (self._daily, midnight)
-            self._remaining = max(int(left), 0)
+            self._remaining = max(self._daily - others - used, 0)
             if count > left:
-                line = b"ERR max daily request limit exceeded. Limit: %d, Usage: %d"
-                if ceiling < self._daily and used + count <= self._daily:
+                usage = min(used + others, self._daily)
+                line = b"ERR max daily request limit exceeded. Limit: %d, Usage: %d" % (self._daily, usage)
+                if self._lease is not None and used + count <= self._daily:
+                    if self._lease.may_grow(count):
+                        return LimitRefusal(line, 1, wait=self._lease.answer)
                     # Other gateways hold the rest, and give back what they do not use.
-                    return LimitRefusal(line % (self._daily, self._daily - max(int(left), 0)), 1)
-                return LimitRefusal(line % (self._daily, used), math.ceil(midnight - now))
+                    retry_after = math.ceil(midnight - now) if usage >= self._daily and not others else 1
+                    return LimitRefusal(line, retry_after)
+                return LimitRefusal(line, math.ceil(midnight - now))
         if self._rate is not None:
             recent = counter.rate_usage(now)
             if self._rate - recent < left:

@@ -155,7 +155,7 @@ def test_a_daily_count_survives_kill_9(
     redis_server: RedisServer, database_urls: Urls, tmp_path: Path, service: Service
 ) -> None:
     gateway = Service(database_urls, tmp_path / "state", "--workers", "2", **LOOPBACK)
-    person, token = organization(gateway, redis_server, database_urls, commands_per_day=3000)
+    _, token = organization(gateway, redis_server, database_urls, commands_per_day=20000)
     counted = 0
 
     def spend(port: int, until: Callable[[], bool]) -> int:
@@ -190,7 +190,7 @@ def test_a_daily_count_survives_kill_9(
         gateway.process.wait()
         gateway.kill()
         gateway = Service(database_urls, tmp_path / "state", "--workers", "2", **LOOPBACK)
-    assert 0 < counted < 3000
+    assert 0 < counted < 20000
     end = time.monotonic() + 20
     exhausted = threading.Event()
 
@@ -213,8 +213,8 @@ def test_a_daily_count_survives_kill_9(
     with Client(gateway.port, token) as client:
         response = client.get("/ping")
     assert response.status == 429
-    assert response.error == "ERR max daily request limit exceeded. Limit: 3000, Usage: 3000"
-    assert 3000 - 2 * 8 - probes // 20 - 40 <= counted <= 3000
+    assert response.error == "ERR max daily request limit exceeded. Limit: 20000, Usage: 20000"
+    assert 20000 - 2 * 8 - probes // 20 - 40 <= counted <= 20000
     gateway.stop()
 
 
