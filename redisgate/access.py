@@ -1,16 +1,22 @@
 """The access table: what a credential grants, from memory.
 
 A known credential costs one dictionary lookup, however many there are. The
-table knows nothing of where its rows come from: configuration fills it now,
-a control plane may fill it later, and commands flow while that is away.
+table knows nothing of where its rows come from: configuration fills it, or a
+`Source` does when a credential is met for the first time, and commands flow
+while that is away.
+
+What the header block of a request alone decides is a `Grant`. What also
+depends on the request (several instances, networks, where the credential
+stood) is a `Keyring`, from which `AccessTable.resolve` takes a grant.
 """
 
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TYPE_CHECKING, Any, Protocol
 
 from redisgate.config import InstanceConfig
 from redisgate.policy import Policy, Scope
@@ -21,8 +27,19 @@ from resp.monitor import MonitorHub
 from resp.pool import Pool
 from resp.subscriptions import SubscriptionHub
 
+if TYPE_CHECKING:
+    from redisgate.metering import UsageCell
+    from redisgate.streams import StreamExchange
+
+IpAddress = IPv4Address | IPv6Address
+IpNetwork = IPv4Network | IPv6Network
+
 MAX_USER_POOLS = 64
 """Pools per instance for tokens that act as a Redis user of their own; beyond it the longest unused is closed."""
+MAX_REFERENCES = 1024
+"""Names of instances, right or wrong, that a credential for several remembers; then it forgets the oldest."""
+GUARDED = 0.0
+"""`expires` of a `Keyring`: long ago, so that no request passes by the header block alone."""
 
 
 class Backend:
@@ -58,12 +75,14 @@ class Backend:
 class Instance:
     """A Redis that tokens can name."""
 
-    __slots__ = ("_policies", "_users", "backend", "config", "id", "scripts", "slug", "table")
+    __slots__ = ("_policies", "_users", "backend", "config", "id", "label", "scripts", "slug", "table")
 
-    def __init__(self, config: InstanceConfig, scripts: ScriptCache) -> None:
+    def __init__(self, config: InstanceConfig, scripts: ScriptCache, *, label: str | None = None) -> None:
+        """`label` names it under the base domain; by default the slug does."""
         self.config = config
         self.id = config.id
         self.slug = config.slug
+        self.label = config.slug if label is None else label
         self.table = bundled_table()
         self.scripts = InstanceScripts(scripts, config.id)
         self.backend = Backend(config.address, config)
@@ -94,6 +113,11 @@ class Instance:
         while self._users:
             self._users.popitem()[1].close()
 
+    def close(self) -> None:
+        """Admit nothing new; connections close after their last reply."""
+        self.renew_users()
+        self.backend.close()
+
     def abort(self) -> None:
         """Close every connection now."""
         for backend in (self.backend, *self._users.values()):
@@ -103,17 +127,44 @@ class Instance:
 class Limiter(Protocol):
     """Counts and refuses requests of one token."""
 
-    def admit(self, count: int) -> "LimitRefusal | None":
-        """Count `count` commands, or say why not; a refusal counts nothing."""
+    cell: "UsageCell | None"
+    """Where its usage is counted."""
+    limited: bool
+    """Whether its answers say where it stands: `headers`."""
+
+    def admit(self, commands: Sequence[Sequence[bytes]]) -> "LimitRefusal | None":
+        """Count the commands, or say why not; a refusal counts nothing."""
+        ...
+
+    def headers(self) -> bytes:
+        """Header lines that tell the client how much is left."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LimitRefusal:
-    """Why a limit refuses a request, and after how many seconds to try again."""
+    """Why a limit refuses a request, and after how many seconds to try again; 0: never.
+
+    With `wait` it is not decided yet: await that, and ask again.
+    """
 
     line: bytes
     retry_after: int
+    status: int = 429
+    wait: Callable[[], Coroutine[Any, Any, None]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """How to answer instead of running a command."""
+
+    status: int
+    line: bytes
+    headers: bytes = b""
+
+
+UNAUTHORIZED = Refusal(401, b"WRONGPASS invalid or missing auth token")
+WRONG_NETWORK = Refusal(403, b"NOPERM this token may not be used from this address")
 
 
 class Grant:
@@ -147,14 +198,69 @@ class Grant:
         return self.instance.user_backend(*self.user)
 
     def names(self, reference: str) -> bool:
-        """Whether its instance has this id or slug."""
-        return reference == self.instance.id or reference == self.instance.slug
+        """Whether its instance has this id, slug or label."""
+        instance = self.instance
+        return reference == instance.id or reference == instance.slug or reference == instance.label
+
+
+class Keyring(Grant):
+    """Grants that a request chooses from by what it says beside its credential.
+
+    It stands in the table in the place of a grant, and is out of date from the beginning: whoever finds one there asks
+    `AccessTable.resolve`.
+    """
+
+    __slots__ = ("_choices", "header_only", "networks", "until")
+
+    def __init__(
+        self, *, name: str, until: float | None = None, networks: Iterable[IpNetwork] = (), header_only: bool = False
+    ) -> None:
+        """`until`: unix seconds; `networks`: the client must be in one, if there are any."""
+        self.name = name
+        self.expires = GUARDED
+        self.until = until
+        self.networks = tuple(networks)
+        self.header_only = header_only
+        self._choices: dict[str | None, Grant | Refusal] = {}
+
+    def names(self, reference: str) -> bool:
+        return False
+
+    def learn(self, reference: str | None, choice: Grant | Refusal) -> None:
+        """What this name of an instance leads to; None: no name."""
+        while len(self._choices) >= MAX_REFERENCES:
+            del self._choices[next(iter(self._choices))]
+        self._choices[reference] = choice
+
+    def choose(self, reference: str | None) -> Grant | Refusal | None:
+        """What was learned of this name."""
+        return self._choices.get(reference)
+
+    def choices(self) -> list[tuple[str | None, Grant]]:
+        """All that can be chosen, with the names that lead there."""
+        return [(name, choice) for name, choice in self._choices.items() if isinstance(choice, Grant)]
+
+
+class Source(Protocol):
+    """Where credentials come from that the table does not know."""
+
+    def refusal(self, credential: bytes) -> Refusal | None:
+        """Whether it is known without asking anybody that a credential grants nothing."""
+        ...
+
+    async def load(self, credential: bytes, reference: str | None) -> Refusal | None:
+        """Put into the table what a credential grants on the instance of this name, or tell that it grants nothing.
+
+        Raises:
+            resp.errors.Unavailable: it cannot be told now.
+        """
+        ...
 
 
 class AccessTable:
     """Credential bytes to `Grant`."""
 
-    __slots__ = ("_derive", "_grants", "instances", "revision")
+    __slots__ = ("_derive", "_grants", "instances", "revision", "source", "streams")
 
     def __init__(self, derive: Callable[[bytes, "AccessTable"], Grant | None] | None = None) -> None:
         """`derive` makes the grant of a credential that carries its own proof, or returns None."""
@@ -162,16 +268,35 @@ class AccessTable:
         self._derive = derive
         self.instances: dict[str, Instance] = {}
         self.revision = 0
+        self.source: Source | None = None
+        self.streams: set[StreamExchange] = set()
+        """Answers that go on for as long as the right to them does."""
 
     def add_instance(self, instance: Instance) -> None:
         """Make an instance known by its id."""
         self.instances[instance.id] = instance
         self.revision += 1
 
+    def remove_instance(self, instance_id: str) -> None:
+        """Forget an instance; what is under way on it may finish. Its grants are the caller's to remove."""
+        instance = self.instances.pop(instance_id, None)
+        if instance is not None:
+            instance.close()
+            self.revision += 1
+
     def put(self, credential: bytes, grant: Grant) -> None:
         """Let `credential` grant `grant`."""
         self._grants[credential] = grant
         self.revision += 1
+
+    def remove(self, credential: bytes) -> None:
+        """Let `credential` grant nothing more."""
+        if self._grants.pop(credential, None) is not None:
+            self.revision += 1
+
+    def find(self, credential: bytes) -> Grant | None:
+        """What stands in the table, whether or not it has expired."""
+        return self._grants.get(credential)
 
     def lookup(self, credential: bytes) -> Grant | None:
         """What the credential grants now; None if nothing (any more)."""
@@ -180,9 +305,36 @@ class AccessTable:
             grant = self._derive(credential, self) if self._derive is not None else None
             if grant is None:
                 return None
-        if grant.expires is not None and time.time() >= grant.expires:
+        if grant.expires is not None and grant.expires != GUARDED and time.time() >= grant.expires:
             return None
         return grant
+
+    def resolve(
+        self, credential: bytes, reference: str | None, *, in_header: bool, address: Callable[[], IpAddress | None]
+    ) -> Grant | Refusal | None:
+        """What a credential grants on the instance that a request names; None: the source has to be asked.
+
+        `address` tells the client's address, and is called only where it matters.
+        """
+        grant = self._grants.get(credential)
+        if grant is None:
+            derived = self.lookup(credential)
+            if derived is not None:
+                return derived if reference is None or derived.names(reference) else UNAUTHORIZED
+            return UNAUTHORIZED if self.source is None else self.source.refusal(credential)
+        if not isinstance(grant, Keyring):
+            if grant.expires is not None and time.time() >= grant.expires:
+                return UNAUTHORIZED
+            return grant if reference is None or grant.names(reference) else UNAUTHORIZED
+        if grant.until is not None and time.time() >= grant.until:
+            return UNAUTHORIZED
+        if grant.header_only and not in_header:
+            return UNAUTHORIZED
+        if grant.networks:
+            client = address()
+            if client is None or not any(client in network for network in grant.networks):
+                return WRONG_NETWORK
+        return grant.choose(reference)
 
     def renew_users(self) -> None:
         """Have every instance's own users log in again."""

@@ -1,11 +1,15 @@
-"""The command line: `redisgate serve`, `dev`, `check`, `version`."""
+"""The command line: `redisgate serve`, `dev`, `check`, `migrate`, `admin`, `audit`, `version`."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import redisgate
+
+if TYPE_CHECKING:
+    from redisgate.config import Settings
 
 _NOTHING_CONFIGURED = """\
 redisgate: no Redis is configured. Either
@@ -31,19 +35,50 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_flags(serve)
     dev = commands.add_parser(
         "dev",
-        help="start a Redis of its own and serve it, for development",
-        description="Start a Redis of its own and serve it, with tokens that stay the same. Ctrl-C stops both.",
+        help="the whole service with a PostgreSQL and a Redis of its own, for development",
+        description="Start the whole service with a PostgreSQL (unless DATABASE_URL names one) and a Redis of its own,"
+        " a demo account, an instance and a key. Ctrl-C stops everything.",
         epilog="example: redisgate dev --port 3000 --data ./data",
     )
     dev.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     dev.add_argument("--port", default="3000", help="port to listen on (3000); 0 picks a free one")
     dev.add_argument("--data", metavar="DIR", default=".redisgate/dev", help="where data and tokens are kept")
+    dev.add_argument("--gateway-only", action="store_true", help="a Redis and two tokens, without accounts")
     check = commands.add_parser(
         "check",
         help="connect to every configured Redis and say what is wrong",
         description="Connect to every configured Redis and say what is wrong and how to mend it.",
     )
     config.add_flags(check)
+    migrate = commands.add_parser(
+        "migrate",
+        help="bring the control plane's database up to date",
+        description="Apply the migrations that the control plane's database lacks. `redisgate serve` does so, too,"
+        " unless --migrate-on-start is false.",
+        epilog="example: DATABASE_URL=postgresql://redisgate@localhost/redisgate redisgate migrate --status",
+    )
+    migrate.add_argument("action", nargs="?", choices=["new"], help="new: begin a migration with the next number")
+    migrate.add_argument("name", nargs="?", help="what the new migration is called")
+    migrate.add_argument("--status", action="store_true", help="only say what is applied and what is not")
+    config.add_flags(migrate)
+    admin = commands.add_parser(
+        "admin",
+        help="make somebody an administrator of the platform",
+        description="Make somebody who has registered an administrator of the platform, or no longer one.",
+    )
+    admin.add_argument("email", help="of the account")
+    admin.add_argument("--revoke", action="store_true", help="no longer an administrator")
+    config.add_flags(admin)
+    audit = commands.add_parser(
+        "audit",
+        help="verify or export the audit log",
+        description="verify: find what was changed in, removed from or cut off the audit log; status 1 if anything was."
+        " export: all of it as JSON lines.",
+        epilog="example: redisgate audit verify /var/log/redisgate.log",
+    )
+    audit.add_argument("action", choices=["verify", "export"])
+    audit.add_argument("logs", nargs="*", metavar="LOG", help="logs of the gateway, whose heads are compared")
+    config.add_flags(audit)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -63,9 +98,18 @@ def main(argv: list[str] | None = None) -> int:
         if command == "dev":
             from redisgate.dev import run_dev
 
-            return run_dev(options["host"], options["port"], Path(options["data"]))
+            data = Path(options["data"])
+            return run_dev(options["host"], options["port"], data, environ, gateway_only=options["gateway_only"])
         settings = load(options, environ, cwd)
-        if not settings.instances:
+        if command == "migrate":
+            if (options["action"] == "new") != (options["name"] is not None):
+                raise ConfigError("usage: redisgate migrate new NAME")
+            from control import migrate
+
+            return migrate.run(settings.control, status=options["status"], new=options["name"])
+        if command in ("admin", "audit"):
+            return _operate(command, settings, options)
+        if not settings.instances and not settings.control.enabled:
             print(_NOTHING_CONFIGURED, file=sys.stderr)
             return 2
         if command == "check":
@@ -78,3 +122,13 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"redisgate: {error}", file=sys.stderr)
         return 2
+
+
+def _operate(command: str, settings: "Settings", options: dict[str, Any]) -> int:
+    from control import commands
+
+    if command == "admin":
+        return commands.run_admin(settings, options["email"], revoke=options["revoke"])
+    if options["action"] == "export":
+        return commands.run_audit_export(settings)
+    return commands.run_audit_verify(settings, options["logs"])

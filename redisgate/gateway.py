@@ -9,14 +9,16 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import redisgate
-from redisgate.access import AccessTable, Backend, Grant
+from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, IpAddress, Refusal
 from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
 from redisgate.http_protocol import ALLOW, HttpConnection
+from redisgate.metering import MeteredExchange, MeteredPipeline, MeteredTransaction
+from redisgate.peers import Peers
 from redisgate.policy import Rule
 from redisgate.replies import BASE64, JSON, RESP2, quote
 from redisgate.requests import BadRequest, parse_command, parse_commands, split_path, split_query
@@ -38,24 +40,36 @@ LOGIN_FAILURE_SECONDS: Final = 30.0
 
 QUESTION: Final = 0x3F  # b"?"; see `redisgate.requests.PERCENT`
 
-_UNAUTHORIZED: Final = b"WRONGPASS invalid or missing auth token"
 _BODY_METHODS: Final = (b"POST", b"PUT")
 _COMMAND_METHODS: Final = (b"GET", b"POST", b"PUT", b"HEAD")
 _STREAMS: Final = (b"subscribe", b"psubscribe", b"monitor")
 _CORS_MAX_AGE: Final = b"86400"
 _CONTROL_PLANE: Final = (
-    b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split()
-)
+    b"login logout register reset invitations dashboard admin auth api static metrics stats docs openapi.json"
+).split()
 
 log = logging.getLogger(__name__)
 
 Argv = list[bytes]
 
 
+class ControlPlane(Protocol):
+    """What answers the reserved paths of the main host."""
+
+    def handle(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        """Answer one whole request; `path` as it came, percent signs and all."""
+        ...
+
+
 class Gateway:
     """The data plane of one worker."""
 
-    def __init__(self, settings: Settings, access: AccessTable, tokens: RestTokens) -> None:
+    def __init__(
+        self, settings: Settings, access: AccessTable, tokens: RestTokens, control: ControlPlane | None = None
+    ) -> None:
+        self._control = control
         self._settings = settings
         self._access = access
         self._tokens = tokens
@@ -64,6 +78,7 @@ class Gateway:
         self._login_failures: dict[str, list[float]] = {}
         base = settings.base_domain.lower().strip(".").encode() if settings.base_domain else b""
         self._host_suffix = b"." + base if base else b""
+        self._peers = Peers(settings.control.trusted_proxies)
         self._any_origin = "*" in settings.cors_origins
         self._origins = frozenset(origin.encode() for origin in settings.cors_origins)
         self.draining = False
@@ -75,11 +90,11 @@ class Gateway:
             b"psubscribe": self._psubscribe,
             b"monitor": self._monitor,
         }
-        self._reserved: dict[bytes, Callable[[HttpConnection, bytes, bytes, Head], None]] = {
+        self._reserved: dict[bytes, Callable[[HttpConnection, bytes, bytes, bytes, Head, bytes], None]] = {
             b"health": self._health,
-            b"version": self._version,
+            b"version": self._version if control is None else control.handle,
         }
-        self._reserved |= dict.fromkeys(_CONTROL_PLANE, self._not_built)
+        self._reserved |= dict.fromkeys(_CONTROL_PLANE, self._not_built if control is None else control.handle)
         self._special = frozenset(self._endpoints) | frozenset(self._reserved) | {b"redis", b""}
 
     # Once per header block
@@ -95,7 +110,8 @@ class Gateway:
         if head.origin is not None and (self._any_origin or head.origin in self._origins):
             head.extra = (
                 b"Access-Control-Allow-Origin: %b\r\n"
-                b"Access-Control-Expose-Headers: Upstash-Sync-Token, Retry-After\r\n"
+                b"Access-Control-Expose-Headers: Upstash-Sync-Token, Retry-After,"
+                b" RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset\r\n"
                 b"Vary: Origin\r\n" % (b"*" if self._any_origin else head.origin)
             )
         elif self._origins:
@@ -137,6 +153,7 @@ class Gateway:
         if head.revision != self._access.revision:
             self._authorize(head)
         grant: Grant | None = head.grant
+        whole_target = target
         appended: Argv | None = None
         if QUESTION in target:
             target, _, query = target.partition(b"?")
@@ -145,10 +162,7 @@ class Gateway:
                 grant = self._access.lookup(query_token)
         argv = split_path(target)
         if method not in _COMMAND_METHODS:
-            if method == b"OPTIONS":
-                self._preflight(connection, head)
-            else:
-                Exchange(connection, head, method).error(405, b"ERR method not allowed", ALLOW)
+            self._other_method(connection, method, target, query if appended is not None else b"", head, body)
             return
         # Of which instance, if the address names one; every path is a command there.
         reference: str | None = self._label(head) if self._host_suffix else None
@@ -159,7 +173,8 @@ class Gateway:
                 argv = argv[2:] or [b""]
                 special = argv[0] in self._special
             elif argv[0] in self._reserved:
-                self._reserved[argv[0]](connection, method, target, head)
+                query = query if appended is not None else b""
+                self._reserved[argv[0]](connection, method, target, query, head, body)
                 return
             elif argv == [b""] and method not in _BODY_METHODS:
                 self._welcome(connection, method, head)
@@ -170,8 +185,9 @@ class Gateway:
             or (grant.expires is not None and time.time() >= grant.expires)
             or (reference is not None and not grant.names(reference))
         ):
-            Exchange(connection, head, method).error(401, _UNAUTHORIZED)
-            return
+            grant = self._who(connection, method, whole_target, head, body, reference)
+            if grant is None:
+                return
         if head.problem is not None and argv[0] not in _STREAMS:
             exchange = Exchange(connection, head, method)
             exchange.rendering = JSON
@@ -195,6 +211,53 @@ class Gateway:
             argv += appended
         self._command(connection, method, head, grant, argv)
 
+    def _who(
+        self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes, reference: str | None
+    ) -> Grant | None:
+        """What is granted where the header block alone does not tell; None: the request was answered, or waits."""
+        credential, in_header = self._credential(target, head)
+        found: Grant | Refusal | None = UNAUTHORIZED
+        if credential:
+            found = self._access.resolve(
+                credential, reference, in_header=in_header, address=lambda: self._peers.client(connection, head)
+            )
+        if isinstance(found, Grant):
+            return found
+        exchange = Exchange(connection, head, method)
+        if found is not None:
+            exchange.error(found.status, found.line, found.headers)
+            return None
+
+        self._later(
+            connection,
+            exchange,
+            self._load(exchange, credential, reference),
+            lambda: self._instead(exchange, lambda: self.handle(connection, method, target, head, body)),
+        )
+        return None
+
+    @staticmethod
+    def _instead(exchange: Exchange, again: Callable[[], None]) -> None:
+        """Let what comes of a request now take the place of the exchange that waited for it."""
+        if exchange.connection is not None:
+            exchange.connection.exchanges.remove(exchange)
+            again()
+
+    async def _load(self, exchange: Exchange, credential: bytes, reference: str | None) -> None:
+        assert self._access.source is not None
+        refusal = await self._access.source.load(credential, reference)
+        if refusal is not None:
+            exchange.error(refusal.status, refusal.line, refusal.headers)
+
+    @staticmethod
+    def _credential(target: bytes, head: Head) -> tuple[bytes, bool]:
+        """The credential of a request, or nothing, and whether it stood in the header."""
+        if head.authorization is not None:
+            scheme, _, credential = head.authorization.strip().partition(b" ")
+            return (credential.strip() if scheme.lower() == b"bearer" else b""), True
+        query = target.partition(b"?")[2]
+        return (split_query(query)[1] or b"") if query else b"", False
+
     @staticmethod
     def _command_of_body(method: bytes, appended: Argv | None, body: bytes) -> Argv:
         if method not in _BODY_METHODS:
@@ -207,9 +270,12 @@ class Gateway:
         return argv
 
     def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
-        exchange = Exchange(connection, head, method)
-        if grant.limiter is not None and self._over_limit(exchange, grant, 1):
-            return
+        if grant.limiter is None:
+            exchange = Exchange(connection, head, method)
+        else:
+            exchange = MeteredExchange(connection, head, method, grant.limiter)
+            if self._over_limit(exchange, grant, [argv], lambda: self._command(connection, method, head, grant, argv)):
+                return
         rule = grant.policy.rule(argv[0])
         if rule is not None and rule.plain:
             self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
@@ -266,13 +332,27 @@ class Gateway:
         except Unavailable as error:
             exchange.failed(error)
 
-    def _over_limit(self, exchange: Exchange, grant: Grant, count: int) -> bool:
-        assert grant.limiter is not None
-        refusal = grant.limiter.admit(count)
+    def _over_limit(self, exchange: Exchange, grant: Grant, commands: list[Argv], again: Callable[[], None]) -> bool:
+        """Count the commands; True: the request was refused, or waits until `again` is called for it."""
+        limiter = grant.limiter
+        assert limiter is not None
+        cell = limiter.cell
+        if cell is not None and cell.address is None:
+            cell.address = self._address(exchange)
+        refusal = limiter.admit(commands)
         if refusal is None:
             return False
-        exchange.error(429, refusal.line, b"Retry-After: %d\r\n" % refusal.retry_after)
+        connection = exchange.connection
+        if refusal.wait is not None and connection is not None:
+            self._later(connection, exchange, refusal.wait(), lambda: self._instead(exchange, again))
+            return True
+        retry_after = b"Retry-After: %d\r\n" % refusal.retry_after if refusal.retry_after else b""
+        exchange.error(refusal.status, refusal.line, retry_after)
         return True
+
+    def _address(self, exchange: Exchange) -> IpAddress | None:
+        connection = exchange.connection
+        return self._peers.client(connection, exchange._head) if connection is not None else None
 
     # Several commands
 
@@ -282,8 +362,15 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        exchange = PipelineExchange(connection, head, method)
-        commands = self._commands(exchange, method, grant, body)
+        limiter = grant.limiter
+        exchange = (
+            PipelineExchange(connection, head, method)
+            if limiter is None
+            else MeteredPipeline(connection, head, method, limiter)
+        )
+        commands = self._commands(
+            exchange, method, grant, body, lambda: self._pipeline(connection, method, head, grant, segments, body)
+        )
         if commands is None:
             return
         if not commands:
@@ -317,8 +404,15 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        exchange = TransactionExchange(connection, head, method)
-        commands = self._commands(exchange, method, grant, body)
+        limiter = grant.limiter
+        exchange = (
+            TransactionExchange(connection, head, method)
+            if limiter is None
+            else MeteredTransaction(connection, head, method, limiter)
+        )
+        commands = self._commands(
+            exchange, method, grant, body, lambda: self._transaction(connection, method, head, grant, segments, body)
+        )
         if commands is None:
             return
         if not commands:
@@ -369,7 +463,9 @@ class Gateway:
         if backend.pool.transactions is None:
             raise Unavailable("the connection to the instance was lost before the transaction was sent")
 
-    def _commands(self, exchange: Exchange, method: bytes, grant: Grant, body: bytes) -> list[Argv] | None:
+    def _commands(
+        self, exchange: Exchange, method: bytes, grant: Grant, body: bytes, again: Callable[[], None]
+    ) -> list[Argv] | None:
         """The commands of a body, counted against the limits; None if the request was answered with an error."""
         if method not in _BODY_METHODS:
             exchange.error(405, b"ERR method not allowed, use POST", b"Allow: POST, PUT\r\n")
@@ -381,7 +477,7 @@ class Gateway:
         except BadRequest as error:
             exchange.error(400, str(error).encode())
             return None
-        if grant.limiter is not None and commands and self._over_limit(exchange, grant, len(commands)):
+        if grant.limiter is not None and commands and self._over_limit(exchange, grant, commands, again):
             return None
         return commands
 
@@ -525,7 +621,13 @@ class Gateway:
         refusal = grant.policy.stream_refusal(segments[0])
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(exchange, grant, 1):
+        elif grant.limiter is None or not self._over_limit(
+            exchange,
+            grant,
+            [segments],
+            lambda: self._stream(connection, method, head, grant, segments, pattern=pattern),
+        ):
+            exchange.grant = grant
             exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
 
     def _monitor(
@@ -538,12 +640,33 @@ class Gateway:
         refusal = grant.policy.stream_refusal(b"monitor")
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(exchange, grant, 1):
+        elif grant.limiter is None or not self._over_limit(
+            exchange, grant, [segments], lambda: self._monitor(connection, method, head, grant, segments, body)
+        ):
+            exchange.grant = grant
             exchange.begin(grant.backend.monitor)
 
     # What is no command
 
-    def _preflight(self, connection: HttpConnection, head: Head) -> None:
+    def _other_method(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        """What no command is sent by; the control plane's resources have more methods."""
+        ours = (
+            self._control is not None
+            and split_path(path)[0] in self._reserved
+            and (not self._host_suffix or self._label(head) is None)
+        )
+        if method == b"OPTIONS":
+            self._preflight(
+                connection, head, b"GET, HEAD, POST, PUT, PATCH, DELETE" if ours else b"GET, HEAD, POST, PUT"
+            )
+        elif ours:
+            self._reserved[split_path(path)[0]](connection, method, path, query, head, body)
+        else:
+            Exchange(connection, head, method).error(405, b"ERR method not allowed", ALLOW)
+
+    def _preflight(self, connection: HttpConnection, head: Head, methods: bytes) -> None:
         exchange = Exchange(connection, head, b"OPTIONS")
         if not head.preflight or head.origin is None or b"Access-Control-Allow-Origin" not in head.extra:
             exchange.error(405, b"ERR method not allowed", ALLOW)
@@ -552,10 +675,10 @@ class Gateway:
             204,
             b"",
             b"text/plain",
-            b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT\r\n"
+            b"Access-Control-Allow-Methods: %b\r\n"
             b"Access-Control-Allow-Headers: Authorization, Content-Type, Upstash-Encoding, Upstash-Response-Format,"
             b" Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform, Upstash-Telemetry-Runtime\r\n"
-            b"Access-Control-Max-Age: %b\r\n" % _CORS_MAX_AGE,
+            b"Access-Control-Max-Age: %b\r\n" % (methods, _CORS_MAX_AGE),
         )
 
     def _welcome(self, connection: HttpConnection, method: bytes, head: Head) -> None:
@@ -566,20 +689,27 @@ class Gateway:
             b"application/json",
         )
 
-    def _health(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
-        exchange = Exchange(connection, head, method)
-        if path not in (b"/health", b"/health/", b"/health/live", b"/health/ready"):
-            exchange.error(404, b"ERR no such page")
-        elif self.draining and path == b"/health/ready":
-            exchange.respond(503, b'{"status":"draining"}', b"application/json", RETRY_AFTER)
+    def _health(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        if self.draining and path == b"/health/ready":
+            Exchange(connection, head, method).respond(503, b'{"status":"draining"}', b"application/json", RETRY_AFTER)
+        elif self._control is not None:
+            self._control.handle(connection, method, path, query, head, body)
+        elif path in (b"/health", b"/health/", b"/health/live", b"/health/ready"):
+            Exchange(connection, head, method).respond(200, b'{"status":"ok"}', b"application/json")
         else:
-            exchange.respond(200, b'{"status":"ok"}', b"application/json")
+            Exchange(connection, head, method).error(404, b"ERR no such page")
 
-    def _version(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
-        body = b'{"name":"RedisGate","version":%b}' % quote(redisgate.__version__.encode())
-        Exchange(connection, head, method).respond(200, body, b"application/json")
+    def _version(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
+        answer = b'{"name":"RedisGate","version":%b}' % quote(redisgate.__version__.encode())
+        Exchange(connection, head, method).respond(200, answer, b"application/json")
 
-    def _not_built(self, connection: HttpConnection, method: bytes, path: bytes, head: Head) -> None:
+    def _not_built(
+        self, connection: HttpConnection, method: bytes, path: bytes, query: bytes, head: Head, body: bytes
+    ) -> None:
         Exchange(connection, head, method).error(
             404, b"ERR this path is reserved for the control plane, which this gateway does not have"
         )

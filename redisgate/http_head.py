@@ -164,6 +164,19 @@ def parse_head(block: bytes, version: bytes) -> Head:
     return head
 
 
+def header_fields(head: Head) -> list[tuple[bytes, bytes]]:
+    """All fields of a header block that was understood: names in lower case, in their order.
+
+    The value of a sync token, which a `Head` does not keep, is empty.
+    """
+    collector = _Fields()
+    try:
+        httptools.HttpRequestParser(collector).feed_data(b"POST / HTTP/1.1" + head.start + head.tail)
+    except httptools.HttpParserUpgrade:
+        pass
+    return collector.fields
+
+
 class ChunkedBody:
     """Decodes a chunked body that comes in pieces (RFC 9112 section 7.1), strictly."""
 

@@ -1,38 +1,197 @@
-"""Rate and daily limits of a token, counted over all workers."""
+"""Rate and daily limits, counted over all workers.
+
+A `Limit` is one subject's (a token, an organization); a `Meter` is what one
+grant is counted by: its limits and its usage.
+
+Asking all workers' counters costs a microsecond or two. So a worker that has
+asked takes an allowance, a small part of what was left, and for a moment
+spends that without asking. The parts are so small that all workers together
+cannot spend more than was there.
+"""
 
 import math
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 from redisgate.access import LimitRefusal
+from redisgate.metering import UsageCell
 from redisgate.shared import Counter
 
+ALLOWANCE_SECONDS = 0.01
+"""How long an allowance lasts."""
+ALLOWANCE_PART = 8
+"""All workers' allowances together are this part of what was left."""
 _DAY_SECONDS = 86_400
 
 
-class TokenLimiter:
+class Lease(Protocol):
+    """How much of a daily limit that several gateways share is this one's to spend."""
+
+    def ceiling(self, now: float, used: int) -> int:
+        """Up to how many commands this gateway may have counted today; `used` is how many it has."""
+        ...
+
+    def others(self) -> int:
+        """How much of today's limit other gateways hold, as far as is known."""
+        ...
+
+    def may_grow(self, need: int) -> bool:
+        """Whether it is worth waiting until there is room for `need` commands more; asks for it."""
+        ...
+
+    async def answer(self) -> None:
+        """Wait until more is known of what was asked for."""
+        ...
+
+
+class Limit:
     """At most `rate` commands per second and `daily` commands per UTC day; None: no limit."""
 
-    __slots__ = ("_counter", "_daily", "_rate")
+    __slots__ = (
+        "_allowance",
+        "_counter",
+        "_daily",
+        "_fresh_until",
+        "_lease",
+        "_part",
+        "_pending",
+        "_rate",
+        "_remaining",
+        "_stands",
+    )
 
-    def __init__(self, counter: Counter, rate: int | None, daily: int | None) -> None:
+    def __init__(
+        self, counter: Counter, rate: int | None, daily: int | None, *, workers: int, lease: Lease | None = None
+    ) -> None:
+        """Without a `lease` the whole of `daily` is this gateway's."""
         self._counter = counter
         self._rate = rate
         self._daily = daily
+        self._lease = lease
+        self._part = ALLOWANCE_PART * workers
+        self._allowance = 0
+        self._fresh_until = 0.0
+        self._pending = 0  # spent of the allowance and not yet in the counter
+        # For the client: the limit that is nearest, what was left of it, when it is whole again (unix seconds; 0: a
+        # second from now).
+        self._stands: tuple[int, float] = (0, 0.0)
+        self._remaining = 0
 
-    def admit(self, count: int) -> LimitRefusal | None:
-        """Count `count` commands, or say why not; a refusal counts nothing."""
-        now = time.time()
+    def check(self, count: int, now: float) -> LimitRefusal | None:
+        """Why `count` commands may not run at `now` (unix seconds); None: they may, and `spend` follows."""
+        if count <= self._allowance and now < self._fresh_until:
+            return None
+        return self._ask(count, now)
+
+    def spend(self, count: int, now: float) -> None:
+        """Count commands that `check` let pass."""
+        self._allowance -= count
+        self._pending += count
+        if self._allowance <= 0:
+            self.flush(now)
+
+    def flush(self, now: float) -> None:
+        """Let the other workers see what was spent."""
+        if self._pending:
+            self._counter.add(self._pending, now)
+            self._remaining = max(self._remaining - self._pending, 0)
+            self._pending = 0
+
+    def _ask(self, count: int, now: float) -> LimitRefusal | None:
+        self.flush(now)
         counter = self._counter
+        self._allowance = 0
+        left = math.inf
         if self._daily is not None:
-            usage = counter.day_usage(now)
-            if usage + count > self._daily:
+            used = counter.day_usage(now)
+            midnight = now - now % _DAY_SECONDS + _DAY_SECONDS
+            others = 0
+            left = self._daily - used
+            if self._lease is not None:
+                left = self._lease.ceiling(now, used) - used
+                others = self._lease.others()
+            self._stands = (self._daily, midnight)
+            self._remaining = max(self._daily - others - used, 0)
+            if count > left:
+                usage = min(used + others, self._daily)
                 line = b"ERR max daily request limit exceeded. Limit: %d, Usage: %d" % (self._daily, usage)
-                return LimitRefusal(line, math.ceil(_DAY_SECONDS - now % _DAY_SECONDS))
+                if self._lease is not None and used + count <= self._daily:
+                    if self._lease.may_grow(count):
+                        return LimitRefusal(line, 1, wait=self._lease.answer)
+                    # Other gateways hold the rest, and give back what they do not use.
+                    retry_after = math.ceil(midnight - now) if usage >= self._daily and not others else 1
+                    return LimitRefusal(line, retry_after)
+                return LimitRefusal(line, math.ceil(midnight - now))
         if self._rate is not None:
             recent = counter.rate_usage(now)
+            if self._rate - recent < left:
+                left = self._rate - recent
+                self._stands = (self._rate, 0.0)
+                self._remaining = max(int(left), 0)
             if recent + count > self._rate:
-                return LimitRefusal(
-                    b"ERR max requests limit exceeded. Limit: %d, Usage: %d" % (self._rate, math.ceil(recent)), 1
-                )
-        counter.add(count, now)
+                self._stands = (self._rate, 0.0)
+                self._remaining = max(int(self._rate - recent), 0)
+                line = b"ERR max requests limit exceeded. Limit: %d, Usage: %d"
+                return LimitRefusal(line % (self._rate, math.ceil(recent)), 1)
+        self._allowance = max(count, int(left) // self._part)
+        self._fresh_until = now + ALLOWANCE_SECONDS
         return None
+
+    def standing(self, now: float) -> tuple[int, int, int]:
+        """The limit that is nearest, what is left of it, and in how many seconds it is whole again."""
+        limit, whole_at = self._stands
+        reset = math.ceil(whole_at - now) if whole_at > now else 1
+        return limit, max(self._remaining - self._pending, 0), reset
+
+
+class Meter:
+    """What one grant is counted by; see `redisgate.access.Limiter`."""
+
+    __slots__ = ("_limits", "_max_bytes", "cell", "limited")
+
+    def __init__(
+        self, limits: Sequence[Limit] = (), *, cell: UsageCell | None = None, max_bytes: int | None = None
+    ) -> None:
+        """`max_bytes`: of the arguments of one request."""
+        self._limits = tuple(limits)
+        self._max_bytes = max_bytes
+        self.cell = cell
+        self.limited = bool(limits)
+
+    def admit(self, commands: Sequence[Sequence[bytes]]) -> LimitRefusal | None:
+        """Count the commands, or say why not; a refusal counts nothing but itself."""
+        cell = self.cell
+        size = 0
+        if cell is not None:
+            if len(commands) == 1:
+                size = sum(map(len, commands[0]))
+            else:
+                size = sum([sum(map(len, argv)) for argv in commands])
+            if self._max_bytes is not None and size > self._max_bytes:
+                line = b"ERR max request size exceeded. Limit: %d bytes, Actual: %d bytes" % (self._max_bytes, size)
+                return LimitRefusal(line, 0, 413)
+        limits = self._limits
+        if limits:
+            count = len(commands)
+            now = time.time()
+            for limit in limits:
+                refusal = limit.check(count, now)
+                if refusal is not None:
+                    return refusal
+            for limit in limits:
+                limit.spend(count, now)
+        if cell is not None:
+            cell.count(commands, size)
+        return None
+
+    def headers(self) -> bytes:
+        """Where the client stands with the limit that is nearest."""
+        limits = self._limits
+        now = time.time()
+        standing = limits[0].standing(now)
+        for limit in limits[1:]:
+            other = limit.standing(now)
+            if other[1] < standing[1]:
+                standing = other
+        return b"RateLimit-Limit: %d\r\nRateLimit-Remaining: %d\r\nRateLimit-Reset: %d\r\n" % standing

@@ -39,7 +39,9 @@ _INSTANCE_PREFIX = b"redis"
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        who = f"{record.process}" if _Handler.worker is None else f"{record.process} worker {_Handler.worker}"
+        worker = _Handler.worker
+        name = "" if worker is None else f" worker {worker}" if isinstance(worker, int) else f" {worker}"
+        who = f"{record.process}{name}"
         line = f"{stamp}.{int(record.msecs):03d}Z {record.levelname.lower()} [{who}] {record.getMessage()}"
         return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
 
@@ -64,7 +66,7 @@ class _JsonFormatter(logging.Formatter):
 class _Handler(logging.Handler):
     """Writes lines to a descriptor: itself in the supervisor, by a thread in a worker."""
 
-    worker: int | None = None  # of this process; None: the supervisor
+    worker: int | str | None = None  # of this process; None: the supervisor
 
     def __init__(self, fd: int) -> None:
         super().__init__()
@@ -140,8 +142,8 @@ def configure(level: str, format: str, *, fd: int = 2) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
-def enter_worker(index: int) -> None:
-    """Say in a process that was just forked which worker it is: its lines carry the number and never block it."""
+def enter_worker(index: int | str) -> None:
+    """Say in a process that was just forked which worker it is, or what: its lines carry it and never block it."""
     _Handler.worker = index
 
 

@@ -68,8 +68,8 @@ def reference_page() -> str:
     for setting in SETTINGS:
         default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
         shown = "" if default in (None, "") else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
-        name = f"limits.{setting.name}" if setting.limit else setting.name
-        lines.append(f"| `{name}` | `{setting.flag}` | `{setting.variable}` | {shown} | {setting.help} |")
+        variable = f"`{setting.variable}`" + (f" or `{setting.other_variable}`" if setting.other_variable else "")
+        lines.append(f"| `{setting.path}` | `{setting.flag}` | {variable} | {shown} | {setting.help} |")
     lines += [
         "",
         "One instance needs no file: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted,",

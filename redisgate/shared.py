@@ -12,10 +12,19 @@ together, so a reader meets the old value or the new one, never a mixture:
     record   digest, check of the digest,
              slots x (day << 40 | count on that day),
              slots x (second << 32 | count in that second), even seconds,
-             slots x the same, odd seconds
+             slots x the same, odd seconds,
+             day << 40 | count leased for that day
 
 The seconds before and after a tick lie in different columns; so the window
 that slides over both needs no "previous" that somebody would have to move.
+
+Tokens that are known at the start have their records from the start. Workers
+add records for those that a control plane brings later: appended under a file
+lock, never moved or removed while a gateway runs, so that nobody who counts
+has to know.
+
+What several gateways may use together on a day is leased to each in parts
+(control/daily.py); what this one has leased stands beside what it has used.
 
 A worker that drains and the one that takes its place run side by side. There
 are therefore two slots per worker, and `enter` says which of them is ours.
@@ -40,13 +49,16 @@ INCARNATIONS = 2
 """Processes that may count for one worker at a time: the one that drains and the one that replaces it."""
 LOCK_PATIENCE = 2.0
 """Seconds to wait for the workers of a gateway that was killed to go; they hold its lock until then."""
+MAX_RECORDS = 100_000
+"""Tokens and organizations whose limits are counted between two starts."""
 
 _MAGIC = b"RGCOUNT\x00"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("@8sIIQI")
 _RECORDS = struct.Struct("@Q")
 _RECORDS_AT = 16
 _HEADER_BYTES = 64
+_RESERVED_RECORDS = 256  # room taken at a time for records that are added later
 _DIGEST_BYTES = 32
 _CHECK = struct.Struct("@Q")
 _DAY_SECONDS = 86_400
@@ -74,12 +86,29 @@ def instance_digest(instance: bytes) -> bytes:
     return hashlib.blake2b(instance, digest_size=_INSTANCE_BYTES).digest()
 
 
+def subject_digest(subject: bytes) -> bytes:
+    """What names an organization or an API key among the counters: 32 bytes."""
+    return hashlib.blake2b(subject, digest_size=_DIGEST_BYTES, person=b"subject").digest()
+
+
 class Counter:
     """What one token used, counted by one worker and summed over all."""
 
-    __slots__ = ("_days_at", "_memory", "_own_day", "_own_seconds", "_seconds_at", "_unpack", "_words")
+    __slots__ = (
+        "_days_at",
+        "_fd",
+        "_lease",
+        "_memory",
+        "_own_day",
+        "_own_seconds",
+        "_seconds_at",
+        "_unpack",
+        "_words",
+    )
 
-    def __init__(self, memory: mmap.mmap, words: "memoryview[int]", record_at: int, slots: int, slot: int) -> None:
+    def __init__(
+        self, memory: mmap.mmap, words: "memoryview[int]", record_at: int, slots: int, slot: int, fd: int
+    ) -> None:
         days_at = record_at + _DIGEST_BYTES + _CHECK.size
         even_at, odd_at = days_at + 8 * slots, days_at + 16 * slots
         self._memory = memory
@@ -89,6 +118,8 @@ class Counter:
         self._seconds_at = (even_at, odd_at)
         self._own_day = days_at // 8 + slot
         self._own_seconds = (even_at // 8 + slot, odd_at // 8 + slot)
+        self._lease = (odd_at + 8 * slots) // 8
+        self._fd = fd
 
     def rate_usage(self, now: float) -> float:
         """Requests in the second before `now` (unix seconds), of all workers.
@@ -112,6 +143,12 @@ class Counter:
                 previous += word - floor
         return current + previous * (1.0 - now % 1.0) if previous else float(current)
 
+    def leased(self, now: float) -> int:
+        """What this gateway has leased for the day of `now`, all workers together."""
+        word = self._words[self._lease]
+        day = int(now // _DAY_SECONDS) & _DAYS
+        return word & _DAY_COUNT if day <= word >> _DAY_SHIFT <= day + 1 else 0
+
     def day_usage(self, now: float) -> int:
         """Requests since UTC midnight before `now` (unix seconds), of all workers."""
         floor = (int(now // _DAY_SECONDS) & _DAYS) << _DAY_SHIFT
@@ -132,11 +169,34 @@ class Counter:
         index = self._own_seconds[second & 1]
         word = words[index]
         words[index] = word + n if word >> _SECOND_SHIFT == second else (second << _SECOND_SHIFT) + n
+        self._day_add(self._own_day, n, now)
+
+    def lease(self, n: int, now: float) -> None:
+        """Add to what is leased for the day of `now`, or give back: then `n` is negative. Needs `try_lock`."""
+        self._day_add(self._lease, n, now)
+
+    def _day_add(self, index: int, n: int, now: float) -> None:
+        words = self._words
         day = int(now // _DAY_SECONDS) & _DAYS
-        index = self._own_day
         word = words[index]
         # A word of any other day is stale, also one far ahead that a wrong clock left: it must not stop the count.
-        words[index] = word + n if day <= word >> _DAY_SHIFT <= day + 1 else (day << _DAY_SHIFT) + n
+        if day <= word >> _DAY_SHIFT <= day + 1:
+            words[index] = max(word + n, word & ~_DAY_COUNT)
+        else:
+            words[index] = (day << _DAY_SHIFT) + max(n, 0)
+
+    def try_lock(self) -> bool:
+        """Be the only process that leases for this token, until `unlock`; False: another is."""
+        try:
+            # Record locks belong to the process: the kernel frees the lock of one that is killed while it holds it.
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 8 * self._lease)
+        except OSError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Undo `try_lock`."""
+        fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 8 * self._lease)
 
 
 class _Aliases:
@@ -218,6 +278,7 @@ class SharedState:
         "_flushed",
         "_incarnation",
         "_lock_fd",
+        "_maps",
         "_memory",
         "_records",
         "_slots",
@@ -237,6 +298,9 @@ class SharedState:
         self._records: dict[bytes, int] = {}
         self._flushed = -1
         self._aliases = _Aliases()
+        self._memory: mmap.mmap
+        self._words: memoryview[int]
+        self._maps: list[mmap.mmap] = []
         self._map()
 
     @classmethod
@@ -256,7 +320,7 @@ class SharedState:
             raise SharedStateError(f"cannot keep counters in {path.parent}: {error.strerror}") from error
         try:
             counts = _counts_to_keep(path, int(time.time() // _DAY_SECONDS) & _DAYS)
-            fd = _write_new(path, workers * INCARNATIONS, {**dict.fromkeys(token_digests, 0), **counts})
+            fd = _write_new(path, workers * INCARNATIONS, {**dict.fromkeys(token_digests, (0, 0)), **counts})
         except OSError as error:
             os.close(lock_fd)
             raise SharedStateError(f"cannot keep counters in {path}: {error.strerror}") from error
@@ -267,38 +331,63 @@ class SharedState:
         """The same without a file: counts are gone when the gateway stops."""
         fd = _memory_file("redisgate-counters", 0)
         slots = workers * INCARNATIONS
-        os.pwrite(fd, _image(slots, dict.fromkeys(token_digests, 0)), 0)
+        os.pwrite(fd, _image(slots, dict.fromkeys(token_digests, (0, 0))), 0)
         return cls(None, fd, -1, workers)
 
     def _map(self) -> None:
-        self._memory = mmap.mmap(self._fd, 0)
-        self._words = memoryview(self._memory).cast("Q")
+        """Know the records that there are by now."""
         size = _record_bytes(self._slots)
-        (count,) = _RECORDS.unpack_from(self._memory, _RECORDS_AT)
-        for at in range(_HEADER_BYTES, _HEADER_BYTES + count * size, size):
+        (count,) = _RECORDS.unpack(os.pread(self._fd, _RECORDS.size, _RECORDS_AT))
+        if not self._maps or _HEADER_BYTES + count * size > len(self._memory):
+            self._memory = mmap.mmap(self._fd, 0)
+            self._words = memoryview(self._memory).cast("Q")
+            # Counters hold on to the map they were made with; and to close any would end our locks on the file.
+            self._maps.append(self._memory)
+        for at in range(_HEADER_BYTES + len(self._records) * size, _HEADER_BYTES + count * size, size):
             self._records[self._memory[at : at + _DIGEST_BYTES]] = at
 
     def extend(self, token_digests: Iterable[bytes]) -> None:
-        """Give tokens that have none yet a record, for the workers forked from now on.
+        """Give tokens that have none yet a record; other processes find it when they ask for it.
 
         Records are appended, so workers that mapped the shorter file go on counting in the same places.
 
         Raises:
             SharedStateError: there is no room left.
         """
-        new = [digest for digest in dict.fromkeys(token_digests) if digest not in self._records]
-        if not new:
+        wanted = [digest for digest in dict.fromkeys(token_digests) if digest not in self._records]
+        if not wanted:
             return
         size = _record_bytes(self._slots)
-        count = len(self._records)
-        end = _HEADER_BYTES + count * size
         try:
-            _reserve(self._fd, end, len(new) * size)
-            os.pwrite(self._fd, b"".join(_record(digest, 0, self._slots) for digest in new), end)
-            os.pwrite(self._fd, _RECORDS.pack(count + len(new)), _RECORDS_AT)
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, 0)
+            try:
+                self._map()
+                new = [digest for digest in wanted if digest not in self._records]
+                count = len(self._records)
+                end = _HEADER_BYTES + count * size
+                if count + len(new) > MAX_RECORDS:
+                    raise SharedStateError(f"limits of {MAX_RECORDS} tokens and organizations are counted already")
+                missing = end + len(new) * size - os.fstat(self._fd).st_size
+                if missing > 0:
+                    _reserve(self._fd, end + len(new) * size - missing, max(missing, _RESERVED_RECORDS * size))
+                os.pwrite(self._fd, b"".join(_record(digest, (0, 0), self._slots) for digest in new), end)
+                os.pwrite(self._fd, _RECORDS.pack(count + len(new)), _RECORDS_AT)
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, 0)
         except OSError as error:
-            raise SharedStateError(f"no room for the counters of {len(new)} more tokens: {error.strerror}") from error
+            raise SharedStateError(f"no room for the counters of {len(wanted)} more: {error.strerror}") from error
         self._map()
+
+    def claim(self, digest: bytes, worker: int) -> Counter:
+        """The counter of a token that may have become known only now.
+
+        Raises:
+            SharedStateError: there is no room left.
+        """
+        if digest not in self._records:
+            self._map()
+            self.extend([digest])
+        return self.counter(digest, worker)
 
     def enter(self, incarnation: int) -> None:
         """Say in a worker that was just forked which slots it counts in: below `INCARNATIONS`.
@@ -318,12 +407,13 @@ class SharedState:
         if not 0 <= worker < self.workers:
             raise ValueError(f"worker {worker} is not below {self.workers}")
         slot = self._incarnation * self.workers + worker
-        return Counter(self._memory, self._words, self._records[digest], self._slots, slot)
+        return Counter(self._memory, self._words, self._records[digest], self._slots, slot, self._fd)
 
     def flush(self) -> None:
         """Have the counts on disk; does nothing when nothing was counted since the last call."""
         if self.path is None:
             return
+        self._map()
         checksum = zlib.crc32(self._memory)
         if checksum != self._flushed:
             self._memory.flush()
@@ -364,20 +454,23 @@ class SharedState:
 
 
 def _record_bytes(slots: int) -> int:
-    return _DIGEST_BYTES + _CHECK.size + 3 * 8 * slots
+    return _DIGEST_BYTES + _CHECK.size + 3 * 8 * slots + 8
 
 
-def _record(digest: bytes, day_word: int, slots: int) -> bytes:
+def _record(digest: bytes, day_words: tuple[int, int], slots: int) -> bytes:
+    """A record with the counts of one day, of what was used and of what was leased."""
     if len(digest) != _DIGEST_BYTES:
         raise ValueError(f"a token digest has {_DIGEST_BYTES} bytes, not {len(digest)}")
-    head = digest + _CHECK.pack(zlib.crc32(digest, _VERSION)) + _CHECK.pack(day_word)
+    used, leased = day_words
+    head = digest + _CHECK.pack(zlib.crc32(digest, _VERSION)) + _CHECK.pack(used)
+    head = head.ljust(_DIGEST_BYTES + _CHECK.size + 3 * 8 * slots, b"\0") + _CHECK.pack(leased)
     return head.ljust(_record_bytes(slots), b"\0")
 
 
-def _image(slots: int, day_words: Mapping[bytes, int]) -> bytes:
+def _image(slots: int, day_words: Mapping[bytes, tuple[int, int]]) -> bytes:
     """A whole file: the counts of each digest go into the slot of the first worker."""
     static = _HEADER.pack(_MAGIC, _VERSION, slots, len(day_words), zlib.crc32(_MAGIC, _VERSION + (slots << 8)))
-    records = b"".join(_record(digest, word, slots) for digest, word in day_words.items())
+    records = b"".join(_record(digest, words, slots) for digest, words in day_words.items())
     return static.ljust(_HEADER_BYTES, b"\0") + records
 
 
@@ -385,7 +478,7 @@ class _CorruptError(Exception):
     pass
 
 
-def _counts_to_keep(path: Path, today: int) -> dict[bytes, int]:
+def _counts_to_keep(path: Path, today: int) -> dict[bytes, tuple[int, int]]:
     """Day words by digest that a new file begins with; a corrupt file is set aside, loudly."""
     try:
         data = path.read_bytes()
@@ -400,7 +493,7 @@ def _counts_to_keep(path: Path, today: int) -> dict[bytes, int]:
         return {}
 
 
-def _day_words(data: bytes, today: int) -> dict[bytes, int]:
+def _day_words(data: bytes, today: int) -> dict[bytes, tuple[int, int]]:
     if len(data) < _HEADER_BYTES:
         raise _CorruptError(f"the file has only {len(data)} bytes")
     magic, version, slots, count, check = _HEADER.unpack_from(data)
@@ -419,20 +512,34 @@ def _day_words(data: bytes, today: int) -> dict[bytes, int]:
         digest = data[at : at + _DIGEST_BYTES]
         if _CHECK.unpack_from(data, at + _DIGEST_BYTES)[0] != zlib.crc32(digest, _VERSION):
             raise _CorruptError(f"the record at byte {at} is damaged")
-        counts: dict[int, int] = {}
-        for word in filter(None, unpack(data, at + _DIGEST_BYTES + _CHECK.size)):
-            day = word >> _DAY_SHIFT
-            # As in Counter.day_usage: tomorrow is today's, seen before the clock was set back.
-            day = today if day == today + 1 else day
-            counts[day] = counts.get(day, 0) + (word & _DAY_COUNT)
+        days_at = at + _DIGEST_BYTES + _CHECK.size
+        used = _summed(unpack(data, days_at), today)
         # Later days are kept for the machine whose clock is only set after the gateway has started.
-        day = today if today in counts else max(counts, default=-1)
+        day = today if today in used else max(used, default=-1)
+        leased = _summed(_CHECK.unpack_from(data, days_at + 3 * 8 * slots), today)
+        if day < today:
+            day = today if leased.get(today) else -1
         if day >= today:
-            kept[digest] = (day << _DAY_SHIFT) + min(counts[day], _DAY_COUNT)
+            kept[digest] = _day_word(day, used), _day_word(day, leased)
     return kept
 
 
-def _write_new(path: Path, slots: int, day_words: Mapping[bytes, int]) -> int:
+def _summed(words: Iterable[int], today: int) -> dict[int, int]:
+    """The counts in day words, by day."""
+    counts: dict[int, int] = {}
+    for word in filter(None, words):
+        day = word >> _DAY_SHIFT
+        # As in Counter.day_usage: tomorrow is today's, seen before the clock was set back.
+        day = today if day == today + 1 else day
+        counts[day] = counts.get(day, 0) + (word & _DAY_COUNT)
+    return counts
+
+
+def _day_word(day: int, counts: Mapping[int, int]) -> int:
+    return (day << _DAY_SHIFT) + min(counts.get(day, 0), _DAY_COUNT)
+
+
+def _write_new(path: Path, slots: int, day_words: Mapping[bytes, tuple[int, int]]) -> int:
     """Write a file and put it in the place of `path` in one step; its descriptor."""
     fresh = path.with_name(path.name + ".new")
     fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

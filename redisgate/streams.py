@@ -16,6 +16,7 @@ from resp.monitor import MonitorHub
 from resp.subscriptions import Message, SubscriptionHub
 
 if TYPE_CHECKING:
+    from redisgate.access import Grant
     from redisgate.http_protocol import HttpConnection
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
@@ -34,7 +35,7 @@ class StreamExchange(Exchange):
 
     endless = True
 
-    __slots__ = ("_ended", "_limit", "_progress")
+    __slots__ = ("_ended", "_limit", "_progress", "grant")
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes, limit: int) -> None:
         """`limit`: bytes the client may leave unread."""
@@ -43,6 +44,19 @@ class StreamExchange(Exchange):
         self._pieces = self._progress = Pieces()
         self._limit = limit
         self._ended = False
+        self.grant: Grant | None = None  # what gives the right to it
+
+    def may_go_on(self, grant: "Grant") -> bool:
+        """Whether another grant gives the same right."""
+        return self.grant is not None and grant.backend is self.grant.backend
+
+    def revoke(self) -> None:
+        """The right to it has ended."""
+        self.grant = None
+        if self._progress.started:
+            self._cut_off("this token's access has ended")
+        else:
+            self.lost(Unavailable("this token's access has ended"))
 
     def emit(self, event: bytes) -> None:
         """Send one event; begin the response with the first."""
@@ -152,6 +166,10 @@ class SubscriptionStream(StreamExchange):
 
     __slots__ = ("_channels", "_confirmed", "_hub", "_pattern")
 
+    def may_go_on(self, grant: "Grant") -> bool:
+        refusal = grant.policy.stream_refusal(b"psubscribe" if self._pattern else b"subscribe")
+        return super().may_go_on(grant) and refusal is None
+
     def begin(self, hub: SubscriptionHub, channels: list[bytes], *, pattern: bool) -> None:
         """Subscribe; the response begins when Redis has confirmed."""
         self._hub = hub
@@ -185,6 +203,9 @@ class MonitorStream(StreamExchange):
     """`/monitor`."""
 
     __slots__ = ("_hub",)
+
+    def may_go_on(self, grant: "Grant") -> bool:
+        return super().may_go_on(grant) and grant.policy.stream_refusal(b"monitor") is None
 
     def begin(self, hub: MonitorHub) -> None:
         """Watch; the response begins when Redis has confirmed."""

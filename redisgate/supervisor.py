@@ -54,6 +54,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 _PR_SET_PDEATHSIG = 1
 
 WorkerMain = Callable[[Settings, socket.socket, int, SharedState, int], None]
+StewardMain = Callable[[Settings, int], None]
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,14 @@ class _Worker:
 
 
 class _Seat:
-    """The place of one worker: its index and socket, and the up to two processes that hold them."""
+    """The place of one worker: its index and socket, and the up to two processes that hold them.
+
+    The steward's seat has no socket, and never two processes at a time.
+    """
 
     __slots__ = ("draining", "failures", "index", "retry_at", "serving", "sock", "starting")
 
-    def __init__(self, index: int, sock: socket.socket) -> None:
+    def __init__(self, index: int, sock: socket.socket | None) -> None:
         self.index = index
         self.sock = sock
         self.starting: _Worker | None = None
@@ -96,6 +100,13 @@ class _Seat:
         self.draining: _Worker | None = None
         self.failures = 0
         self.retry_at = 0.0
+
+    @property
+    def is_steward(self) -> bool:
+        return self.sock is None
+
+    def __str__(self) -> str:
+        return "the steward" if self.sock is None else f"worker {self.index}"
 
     def workers(self) -> list[_Worker]:
         return [worker for worker in (self.starting, self.serving, self.draining) if worker is not None]
@@ -111,32 +122,54 @@ def run(
     on_ready: Callable[[Settings], None] | None = None,
     *,
     worker_main: WorkerMain | None = None,
+    steward_main: StewardMain | None = None,
 ) -> int:
     """Serve until SIGTERM or SIGINT; the exit status: 0 after a complete drain, 1 otherwise.
 
     `reload` makes the new settings on SIGHUP; what it raises is logged, and the old workers stay. Without it SIGHUP
     (the terminal is gone) is as SIGTERM. `on_ready` is called once, when all workers accept requests, with the port
-    that was really bound. `worker_main` stands for `redisgate.worker.run`.
+    that was really bound. `worker_main` stands for `redisgate.worker.run`, `steward_main` for its `run_steward`.
 
     Must be called in the main thread of a process that has no other.
     """
     logs.configure(settings.log_level, settings.log_format)
-    if worker_main is None:
+    if worker_main is None or steward_main is None:
         from redisgate import worker
 
-        worker_main = worker.run
+        worker_main, steward_main = worker_main or worker.run, steward_main or worker.run_steward
     try:
         with contextlib.ExitStack() as stack:
             sockets = bind(settings.host, settings.port, settings.workers)
             for sock in sockets:
                 stack.enter_context(sock)
             settings = ensure_secret_key(settings)
+            if settings.control.enabled:
+                _prepare_control_plane(settings)
             shared = _shared_state(settings)
             stack.callback(shared.close)
-            return _Supervisor(settings, reload, on_ready, worker_main, sockets, shared).run()
+            return _Supervisor(settings, reload, on_ready, worker_main, steward_main, sockets, shared).run()
     except (StartError, ConfigError) as error:
         _complain(str(error))
         return 1
+
+
+def _prepare_control_plane(settings: Settings) -> None:
+    """Bring the database up to date, and import what the workers need, before they are forked.
+
+    PostgreSQL may be away: then the steward does it once it is there.
+
+    Raises:
+        ConfigError: the settings are not fit for production.
+        StartError: the database is there, but cannot be brought up to date.
+    """
+    from control import plane
+    from control.settings import check
+
+    check(settings)
+    try:
+        plane.migrate_at_start(settings)
+    except plane.MigrationError as error:
+        raise StartError(str(error)) from error
 
 
 def _complain(message: str) -> None:
@@ -197,7 +230,8 @@ def _limited(settings: Settings) -> list[bytes]:
 
 
 def _has_daily_limits(settings: Settings) -> bool:
-    return any(token.daily is not None for token in settings.tokens)
+    # A control plane brings limits that nobody knows at the start.
+    return settings.control.enabled or any(token.daily is not None for token in settings.tokens)
 
 
 def _shared_state(settings: Settings) -> SharedState:
@@ -209,7 +243,7 @@ def _shared_state(settings: Settings) -> SharedState:
         return SharedState.create(settings.state_dir / COUNTS_FILE, settings.workers, digests)
     except SharedStateError as error:
         raise StartError(
-            f"{error}; tokens have daily limits, whose counts must be kept: set REDISGATE_STATE_DIR to a directory"
+            f"{error}; there are daily limits, whose counts must be kept: set REDISGATE_STATE_DIR to a directory"
             " that can be written and is no other gateway's"
         ) from error
 
@@ -223,14 +257,18 @@ class _Supervisor:
         reload: Callable[[], Settings] | None,
         on_ready: Callable[[Settings], None] | None,
         worker_main: WorkerMain,
+        steward_main: StewardMain,
         sockets: list[socket.socket],
         shared: SharedState,
     ) -> None:
         self._reload = reload
         self._on_ready = on_ready
         self._worker_main = worker_main
+        self._steward_main = steward_main
         self._shared = shared
         self._seats = [_Seat(index, sock) for index, sock in enumerate(sockets)]
+        if settings.control.enabled:
+            self._seats.append(_Seat(len(sockets), None))  # last: on a reload the workers prove the settings
         self._pid = os.getpid()
         self._configured = settings  # as somebody wrote it: port 0 stays 0
 
@@ -320,7 +358,7 @@ class _Supervisor:
             seat.draining = old
             self._drain(old)
         generation = worker.generation
-        if generation.proven:
+        if generation.proven or (seat.is_steward and self._proven.proven):
             return
         if self._proven.proven:
             generation.proven = True
@@ -358,7 +396,7 @@ class _Supervisor:
                 os.close(receive)
                 self._become_worker(seat, generation.settings, incarnation, send)
         except OSError as error:
-            log.error("cannot start worker %d: %s", seat.index, error.strerror)
+            log.error("cannot start %s: %s", seat, error.strerror)
             os.close(receive)
             if self._proven.proven:
                 seat.retry_at = time.monotonic() + MAX_BACKOFF
@@ -382,21 +420,24 @@ class _Supervisor:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             for other in self._seats:
-                if other is not seat:
+                if other is not seat and other.sock is not None:
                     other.sock.close()
                 for worker in other.workers():
                     if worker.ready_fd >= 0:
                         os.close(worker.ready_fd)
-            logs.enter_worker(seat.index)
+            logs.enter_worker("steward" if seat.is_steward else seat.index)
             logs.configure(settings.log_level, settings.log_format)
-            self._shared.enter(incarnation)
-            self._worker_main(settings, seat.sock, seat.index, self._shared, ready_fd)
+            if seat.sock is None:
+                self._steward_main(settings, ready_fd)
+            else:
+                self._shared.enter(incarnation)
+                self._worker_main(settings, seat.sock, seat.index, self._shared, ready_fd)
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
         except BaseException:
             if logging.getLogger().hasHandlers():
-                log.exception("worker %d failed", seat.index)
+                log.exception("%s failed", seat)
             else:
                 traceback.print_exc()
         finally:
@@ -413,7 +454,7 @@ class _Supervisor:
         for seat in self._seats:
             for worker in seat.workers():
                 if worker.kill_at is not None and now >= worker.kill_at:
-                    log.warning("worker %d (process %d) is not done in time: killed", seat.index, worker.pid)
+                    log.warning("%s (process %d) is not done in time: killed", seat, worker.pid)
                     self._kill(worker)
                     if self._stopping:
                         self._status = 1
@@ -424,7 +465,8 @@ class _Supervisor:
         if self._stopping:
             return
         for seat in self._seats:
-            if seat.starting is None and seat.serving is None and now >= seat.retry_at:
+            vacant = seat.starting is None and seat.serving is None and not (seat.is_steward and seat.draining)
+            if vacant and now >= seat.retry_at:
                 self._start(seat, self._proven if self._proven.proven else self._generation)
         if self._reload_asked and self._proven.proven:
             self._reload_asked = False
@@ -444,6 +486,11 @@ class _Supervisor:
             return
         # The drain of an earlier reload may still hold the second place; it is bounded.
         for seat in outdated:
+            if seat.is_steward and seat.serving is not None:
+                # Two at once would both look after the same processes; `_advance` starts the next when it has gone.
+                seat.draining, seat.serving = seat.serving, None
+                self._drain(seat.draining)
+                return
             if now >= seat.retry_at and seat.free_incarnation() is not None:
                 self._start(seat, self._generation)
                 return
@@ -472,7 +519,7 @@ class _Supervisor:
         if worker is seat.draining:
             seat.draining = None
             if code != 0 and not self._stopping:
-                log.warning("worker %d (process %d) did not drain: %s", seat.index, worker.pid, how)
+                log.warning("%s (process %d) did not drain: %s", seat, worker.pid, how)
             return
         was_starting = worker is seat.starting
         if was_starting:
@@ -481,10 +528,10 @@ class _Supervisor:
             seat.serving = None
         if self._stopping:
             if code != 0 and not was_starting:
-                log.warning("worker %d (process %d) did not drain: %s", seat.index, worker.pid, how)
+                log.warning("%s (process %d) did not drain: %s", seat, worker.pid, how)
                 self._status = 1
             return
-        if was_starting and not worker.generation.proven:
+        if was_starting and not worker.generation.proven and not seat.is_steward:
             if not self._proven.proven:
                 _complain(f"worker {seat.index} stopped before it was ready: {how}")
                 self._stop(1)
@@ -504,7 +551,7 @@ class _Supervisor:
         delay = min(FIRST_BACKOFF * 2 ** (seat.failures - 1), MAX_BACKOFF) if seat.failures else 0.0
         seat.retry_at = now + delay
         after = f" after {delay:g} s" if delay else ""
-        log.error("worker %d (process %d) died: %s; replacing it%s", seat.index, worker.pid, how, after)
+        log.error("%s (process %d) died: %s; replacing it%s", seat, worker.pid, how, after)
 
     # Reload
 
@@ -513,6 +560,12 @@ class _Supervisor:
         was = self._configured
         try:
             settings = ensure_secret_key(self._reload())
+            if settings.control.enabled != was.control.enabled:
+                raise StartError("to add or to remove the control plane needs a restart")
+            if settings.control.enabled:
+                from control.settings import check
+
+                check(settings)
             if _has_daily_limits(settings) and self._shared.path is None:
                 raise StartError("the first token with a daily limit needs a restart")
             self._shared.extend(_limited(settings))
@@ -553,7 +606,8 @@ class _Supervisor:
         self._stopping = True
         for seat in self._seats:
             # New connections are refused from here on; a socket that only listens would let them wait for nobody.
-            seat.sock.close()
+            if seat.sock is not None:
+                seat.sock.close()
             for worker in seat.workers():
                 if worker is not seat.draining:
                     self._drain(worker)

@@ -18,7 +18,7 @@ from redisgate.config import Settings
 from redisgate.gateway import Gateway
 from redisgate.http_protocol import HttpServer
 from redisgate.http_response import ResponseHeads
-from redisgate.limits import TokenLimiter
+from redisgate.limits import Limit, Meter
 from redisgate.resttoken import RestTokens
 from redisgate.scripts import ScriptCache
 from redisgate.shared import SharedState
@@ -29,6 +29,8 @@ BACKLOG = 4096
 RENEW_USERS_SECONDS = 60.0
 """How often Redis users of their own log in again, so that a changed password ends their tokens."""
 
+PLANE_STOP_SECONDS = 5.0
+"""For the control plane to finish when a worker stops; beyond the time to drain."""
 KEPT_MEMORY_BYTES = 32 * 1024 * 1024
 """Freed memory that a worker keeps for its next replies, instead of giving it back to the system each time."""
 _M_TRIM_THRESHOLD = -1
@@ -46,7 +48,8 @@ def build_access(settings: Settings, tokens: RestTokens, shared: SharedState, in
     for token in settings.tokens:
         limiter = None
         if token.rate is not None or token.daily is not None:
-            limiter = TokenLimiter(shared.counter(token_digest(token.token), index), token.rate, token.daily)
+            counter = shared.counter(token_digest(token.token), index)
+            limiter = Meter([Limit(counter, token.rate, token.daily, workers=shared.workers)])
         user = (token.user, token.password or "") if token.user is not None else None
         grant = Grant(
             access.instances[token.instance],
@@ -68,8 +71,15 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     loop.add_signal_handler(signal.SIGINT, stop.set)
     tokens = RestTokens(settings.secret_key)
     access = build_access(settings, tokens, shared, index)
-    gateway = Gateway(settings, access, tokens)
+    plane = None
+    if settings.control.enabled:
+        # Not imported without a database: the data plane alone starts faster and takes less memory.
+        from control.plane import Plane
+
+        plane = Plane(settings, access, shared, index)
+    gateway = Gateway(settings, access, tokens, plane.http if plane is not None else None)
     http = HttpServer(gateway, settings.limits, ResponseHeads(secrets.token_hex(6).encode()))
+    access.streams = http.streams
     http.start()
     heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
     heartbeat.start()
@@ -83,6 +93,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     # costs every request its share.
     gc.collect()
     gc.freeze()
+    if plane is not None:
+        await plane.start()
     server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
     os.write(ready_fd, b"1")
     os.close(ready_fd)
@@ -95,6 +107,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     if left:
         log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
     heartbeat.stop()
+    if plane is not None:
+        await plane.stop(PLANE_STOP_SECONDS)
     access.abort()
     await asyncio.sleep(0)  # transports close in the next turn of the loop
 
@@ -116,3 +130,22 @@ def run(settings: Settings, sock: socket.socket, index: int, shared: SharedState
     keep_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings, sock, index, shared, ready_fd))
+
+
+def run_steward(settings: Settings, ready_fd: int) -> None:
+    """Run this host's steward in this process until SIGTERM; writes one byte to `ready_fd` when it is at work."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_steward(settings, ready_fd))
+
+
+async def _steward(settings: Settings, ready_fd: int) -> None:
+    from control import plane
+
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, stop.set)
+    os.write(ready_fd, b"1")
+    os.close(ready_fd)
+    log.info("the steward is at work")
+    await plane.run_steward(settings, stop)

@@ -40,19 +40,28 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     "cors_origins": (["https://a"], "https://b, https://c", "*"),
     "log_level": ("debug", "warning", "error"),
     "log_format": ("json", "text", "json"),
+    "database_url": ("postgresql://a@h/one", "postgresql://b@h/two", "postgres://c@h/three"),
+    "database_direct_url": ("postgresql://a@h/one", "postgresql://b@h/two", "postgres://c@h/three"),
+    "database_migration_url": ("postgresql://a@h/one", "postgresql://b@h/two", "postgres://c@h/three"),
+    "mode": ("dev", "production", "dev"),
+    "provisioner": ("external", "local", "external"),
+    "trusted_proxies": (["10.0.0.0/8"], "fd00::/8, 10.1.0.0/16", "192.0.2.1/32"),
+    "allowed_networks": (["10.0.0.0/8"], "fd00::/8, 10.1.0.0/16", "192.0.2.1/32"),
+    **{name: (["a"], "b, c", "d") for name in ("previous_secret_keys", "encryption_keys")},
+    **{name: ("a", "b", "c") for name in ("public_url", "audit_key", "mailer", "redis_server", "instances_dir")},
+    **{name: (True, "false", "true") for name in ("migrate_on_start", "registration", "allow_private_addresses")},
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_flag_before_variable_before_file(setting: Any, tmp_path: Path) -> None:
     in_file, in_variable, as_flag = OTHER_VALUES.get(setting.name, (11, "12", "13"))
-    line = f"{setting.name} = {in_file!r}\n".replace("'", '"')
-    toml = f"[limits]\n{line}{HEAD}" if setting.limit else line + HEAD
+    line = f"{setting.name} = {in_file!r}\n".replace("'", '"').replace("True", "true")
+    toml = f"[{setting.table}]\n{line}{HEAD}" if setting.table else line + HEAD
 
     def value(**given: Any) -> Any:
         settings = configure(tmp_path, toml, **given)
-        found = getattr(settings.limits if setting.limit else settings, setting.name)
-        return found
+        return getattr(getattr(settings, setting.table) if setting.table else settings, setting.name)
 
     def expected(raw: Any) -> Any:
         if setting.name == "state_dir":
@@ -63,6 +72,10 @@ def test_flag_before_variable_before_file(setting: Any, tmp_path: Path) -> None:
     assert value() == expected(in_file)
     assert value(environ=variable) == expected(in_variable)
     assert value(environ=variable, **{setting.name: as_flag}) == expected(as_flag)
+    if setting.other_variable:
+        other = {setting.other_variable: as_flag}
+        assert value(environ=other) == expected(as_flag)
+        assert value(environ=variable | other) == expected(in_variable)
 
 
 def test_tokens_of_a_file(tmp_path: Path) -> None:

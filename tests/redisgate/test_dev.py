@@ -69,6 +69,17 @@ class Dev:
         return self.process.wait(20)
 
 
+def at_home_in(data: Path) -> list[int]:
+    """Processes that work in this directory or were told of it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told = (process / "cmdline").read_bytes().decode(errors="replace")
+            if alive(int(process.name)) and (str(data) in told or os.readlink(process / "cwd").startswith(str(data))):
+                found.append(int(process.name))
+    return found
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -92,15 +103,16 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
         dev.output.close()
 
 
-def test_what_it_prints_works_and_stays(start: Callable[..., Dev], tmp_path: Path) -> None:
-    dev = start("--port", "0", "--data", "here").ready()
+@pytest.mark.parametrize("flags", [[], ["--gateway-only"]], ids=["everything", "gateway"])
+def test_what_it_prints_works_and_stays(start: Callable[..., Dev], tmp_path: Path, flags: list[str]) -> None:
+    dev = start("--port", "0", "--data", "here", *flags).ready()
     text = dev.text()
     (line,) = [line.strip() for line in text.splitlines() if line.strip().startswith("curl ")]
     if shutil.which("curl"):
         done = subprocess.run(["curl", "-sS", *shlex.split(line)[1:]], capture_output=True, text=True, check=True)
         assert done.stdout == '{"result":"OK"}'
-    snippet = text[text.index("  from upstash_redis") : text.index("\nRedis ")]
-    program = "\n".join(part.strip() for part in snippet.splitlines())
+    snippet = text[text.index("  from upstash_redis") :]
+    program = "\n".join(part.strip() for part in snippet[: snippet.index("\n\n")].splitlines())
     if not shutil.which("curl"):
         program = program.replace("print", "redis.set('hello', 'world')\nprint")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
@@ -113,26 +125,52 @@ def test_what_it_prints_works_and_stays(start: Callable[..., Dev], tmp_path: Pat
     assert len(family) >= 2
     assert dev.end(signal.SIGINT) == 0
     assert not [pid for pid in family if alive(pid)]
+    assert not at_home_in(tmp_path)
     assert "Traceback" not in dev.text()
     assert (tmp_path / "here").stat().st_mode & 0o077 == 0
 
-    again = start("--port", "0", "--data", "here").ready()
+    again = start("--port", "0", "--data", "here", *flags).ready()
     assert (again.token(), again.token("Read-only token")) == tokens
     with Client(again.port, tokens[0]) as client:
         assert client.get("/get/hello").result == "world"
     assert again.end(signal.SIGTERM) == 0
+    assert not at_home_in(tmp_path)
 
 
-def test_not_even_a_kill_leaves_a_redis_behind(start: Callable[..., Dev]) -> None:
+def test_the_demo_account_has_all_that_it_needs(start: Callable[..., Dev]) -> None:
     dev = start("--port", "0").ready()
+    login = re.search(r"Sign in +(\S+) / (\S+)$", dev.text(), re.MULTILINE)
+    assert login is not None
+    assert login.groups() == ("demo@redisgate.dev", "Demo123456!")
+    with Client(dev.port, token=None) as client:
+        data = client.post("/auth/login", {"email": login[1], "password": login[2]}).json()["data"]
+        assert client.get("/docs").status == 200
+    organization, instance = dev.token("Organization"), re.search(r"Instance +(\S+) \(running\)", dev.text())
+    assert instance is not None, dev.text()
+    assert data["organization_id"] == organization
+    with Client(dev.port, token=data["token"]) as client:
+        assert client.get(f"/redis/{instance[1]}/ping").result == "PONG"
+        assert client.get("/stats").json()["data"]["instances_by_status"] == {"running": 1}
+    with Client(dev.port, token=dev.token("API key")) as client:
+        assert client.get("/set/by/key").result == "OK"
+        listed = client.get(f"/api/organizations/{organization}/redis-instances").json()["data"]["items"]
+        assert [(each["id"], each["slug"]) for each in listed] == [(instance[1], "demo")]
+    assert dev.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--gateway-only"]], ids=["everything", "gateway"])
+def test_not_even_a_kill_leaves_anything_behind(start: Callable[..., Dev], tmp_path: Path, flags: list[str]) -> None:
+    dev = start("--port", "0", *flags).ready()
     with Client(dev.port, dev.token()) as client:
         assert client.get("/set/kept/1").result == "OK"
     family = dev.family()
     assert dev.end(signal.SIGKILL) == -signal.SIGKILL
     wait_for(lambda: not [pid for pid in family if alive(pid)], what="its processes to end")
-    again = start("--port", "0").ready()
+    wait_for(lambda: not at_home_in(tmp_path), what="Redis and PostgreSQL to end")
+    again = start("--port", "0", *flags).ready()
     with Client(again.port, again.token()) as client:
-        assert client.get("/get/kept").result == "1"
+        response = client.get("/get/kept")
+        assert response.body == b'{"result":"1"}', (response, again.text())
 
 
 def test_one_at_a_time_per_directory(start: Callable[..., Dev]) -> None:

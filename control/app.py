@@ -1,0 +1,98 @@
+"""The control plane as one ASGI application: every endpoint that the route modules register."""
+
+import importlib
+from collections import defaultdict
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from control import http, settings
+from control.audit import Audit
+from control.database import Database
+from control.encryption import Encryption
+from control.http import ENDPOINTS, ApiError, Context, Endpoint, failure
+from control.instance_tokens import InstanceTokens
+from control.mailer import make_mailer
+from control.passwords import Passwords
+from control.throttle import Throttle
+from control.tokens import Tokens
+from redisgate.config import Settings
+
+ROUTE_MODULES: Final = ("service", "auth", "organizations", "quota", "audit", "api_keys", "usage", "instances")
+"""Of `control.routes`; importing one registers its endpoints."""
+MAX_WAITING_PASSWORDS: Final = 256
+"""Sign-ins of one worker that wait for a thread; more are told to come again."""
+
+
+def make_context(configured: Settings, *, name: str = "redisgate") -> Context:
+    """What the business functions need, for one process and event loop; `name` is what PostgreSQL calls it.
+
+    Nothing is connected yet. The caller closes it.
+    """
+    control = configured.control
+    secrets = settings.secret_keys(configured)
+    database = Database(
+        control.database_url, control.database_direct_url, pool_size=control.database_pool_size, name=name
+    )
+    return Context(
+        configured,
+        database,
+        Tokens(secrets),
+        InstanceTokens(secrets),
+        Passwords(
+            time_cost=control.argon2_time_cost,
+            memory_kib=control.argon2_memory // 1024,
+            parallelism=control.argon2_parallelism,
+            threads=control.argon2_threads,
+            max_waiting=MAX_WAITING_PASSWORDS,
+        ),
+        make_mailer(configured),
+        Throttle(secrets),
+        Audit(settings.audit_keys(configured)),
+        Encryption(settings.encryption_keys(configured)),
+    )
+
+
+def load_endpoints() -> dict[str, dict[str, Endpoint]]:
+    """Every endpoint there is, by path and method."""
+    for name in ROUTE_MODULES:
+        try:
+            importlib.import_module(f"control.routes.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"control.routes.{name}":
+                raise
+    found: defaultdict[str, dict[str, Endpoint]] = defaultdict(dict)
+    for (path, method), entry in ENDPOINTS.items():
+        found[path][method] = entry
+    return dict(found)
+
+
+class _Path:
+    """All methods of one path, as an ASGI application."""
+
+    def __init__(self, endpoints: dict[str, Endpoint], context: Context) -> None:
+        self._endpoints = endpoints
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await http.answer(Request(scope, receive), self._endpoints, self._context)
+        await response(scope, receive, send)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    return failure(ApiError(404, "there is nothing at this address; see /docs for what there is"))
+
+
+def make_app(context: Context) -> Starlette:
+    """The application over a context, which it does not close."""
+    # A path without parameters goes before one with: "/sessions/current" is no "{session_id}".
+    paths = sorted(load_endpoints().items(), key=lambda item: [part.startswith("{") for part in item[0].split("/")])
+    routes = [Route(path, _Path(endpoints, context)) for path, endpoints in paths]
+    app = Starlette(routes=routes, exception_handlers={404: _not_found})
+    app.router.redirect_slashes = False
+    app.state.context = context
+    return app

@@ -1,0 +1,108 @@
+"""The OpenAPI document, the page for people, and the service held against its own description."""
+
+import re
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, seed, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from control.http import ENDPOINTS
+from control.openapi import docs_page, document
+from tests.control.conftest import Service
+from tests.http import Client
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+def test_every_endpoint_is_described() -> None:
+    described = {(path, method.upper()) for path, methods in document()["paths"].items() for method in methods}
+    assert described == set(ENDPOINTS)
+    names = [operation["operationId"] for methods in document()["paths"].values() for operation in methods.values()]
+    assert len(names) == len(set(names))
+    for entry in ENDPOINTS.values():
+        assert entry.summary, entry
+        assert entry.tags, entry
+        assert entry.description, entry
+
+
+def test_every_reference_leads_somewhere() -> None:
+    found: set[str] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            if isinstance(value.get("$ref"), str):
+                found.add(value["$ref"])
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+
+    walk(document())
+    assert found
+    assert found <= {f"#/components/schemas/{name}" for name in document()["components"]["schemas"]}
+
+
+def test_the_page_loads_nothing_from_elsewhere() -> None:
+    text = docs_page()
+    assert "<script" not in text
+    assert not re.search(r"""(src|href|action)=["']?(https?:)?//""", text)
+    assert "@import" not in text
+    assert "url(" not in text
+    for path, method in ENDPOINTS:
+        assert f"{method}</span>{path}" in text
+
+
+@pytest.fixture(scope="module")
+def credentials(service: Service) -> dict[str, str]:
+    """Of an organization's owner who is an administrator of the platform; with the organization's id."""
+    person = {"email": "owner@example.com", "username": "owner", "password": "A-long-password-1"}
+    with Client(service.port, token=None) as client:
+        assert client.post("/auth/register", person).status == 201
+        data = client.post("/auth/login", person).json()["data"]
+    return {"token": data["token"], "organization": data["organization_id"]}
+
+
+# They end the session that the others need, or the organization.
+ENDING = re.compile(r"/auth/(logout|refresh|sessions|password)|/leave$|^DELETE .*org_id}$")
+OPERATIONS = {
+    f"{operation.method.upper()} {operation.path}": operation
+    for operation in (found.ok() for found in schemathesis.openapi.from_dict(document()).get_all_operations())
+}
+
+
+def _cases() -> list[Any]:
+    """Each operation with input that fits its description, and with input that does not."""
+    found = []
+    for name, operation in OPERATIONS.items():
+        if ENDING.search(name):
+            continue
+        described = operation.definition.raw
+        modes = list(GenerationMode) if {"parameters", "requestBody"} & set(described) else [GenerationMode.POSITIVE]
+        found += [pytest.param(name, mode, id=f"{name} {mode.value}") for mode in modes]
+    return found
+
+
+@pytest.mark.parametrize(("name", "mode"), _cases())
+def test_answers_are_as_described(
+    name: str, mode: GenerationMode, service: Service, credentials: dict[str, str]
+) -> None:
+    @seed(1)
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(case=OPERATIONS[name].as_strategy(generation_mode=mode))
+    def answers(case: schemathesis.Case) -> None:
+        if "org_id" in (case.path_parameters or {}):
+            case.path_parameters["org_id"] = credentials["organization"]
+        headers = {"Authorization": f"Bearer {credentials['token']}"}
+        response = case.call(base_url=service.url, headers=headers)
+        case.validate_response(response, checks=CHECKS)
+
+    answers()
