@@ -6,6 +6,7 @@ connection's order on the other: one object for both.
 
 import logging
 import secrets
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -16,6 +17,7 @@ from resp.connection import Connection, Waiter
 from resp.errors import ProtocolError, ReplyTimeout, RespError, Unavailable
 
 if TYPE_CHECKING:
+    from redisgate.access import Limiter
     from redisgate.http_protocol import HttpConnection
 
 MAX_JOINED_BYTES: Final = 16 * 1024
@@ -28,12 +30,13 @@ log = logging.getLogger(__name__)
 class Pieces:
     """What a response that leaves in pieces needs beside what every exchange has."""
 
-    __slots__ = ("redis", "started", "stream", "waiting")
+    __slots__ = ("redis", "started", "status", "stream", "waiting")
 
     def __init__(self) -> None:
         self.redis: Connection | None = None  # that the pieces come from
         self.stream: ReplyStream | None = None  # that renders them
         self.started = False  # the response has begun
+        self.status = 0  # of it
         self.waiting = b""  # what was rendered before its turn
 
 
@@ -43,7 +46,7 @@ class Exchange(Waiter):
     endless = False
     """The answer goes on until the client leaves."""
 
-    __slots__ = ("_connection", "_head", "_method", "_pieces", "rendering", "waiting_payload")
+    __slots__ = ("_began", "_connection", "_head", "_limiter", "_method", "_pieces", "rendering", "waiting_payload")
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes) -> None:
         self.count = 1
@@ -53,7 +56,14 @@ class Exchange(Waiter):
         self.rendering: Rendering = head.rendering
         self.waiting_payload: bytes | None = None  # a response whose turn has not come
         self._pieces: Pieces | None = None  # of a response that leaves in pieces
+        self._limiter: Limiter | None = None  # that hears of the answer
+        self._began = 0.0
         connection.exchanges.append(self)
+
+    def meter(self, limiter: "Limiter") -> None:
+        """Let `limiter` hear of the answer, and the answer say how much is left."""
+        self._limiter = limiter
+        self._began = time.perf_counter()
 
     # Answers from here
 
@@ -63,6 +73,9 @@ class Exchange(Waiter):
         if connection is None:
             return
         self._connection = None
+        if self._limiter is not None:
+            self._limiter.answered(self._began, status, len(body))
+            headers = self._limiter.headers() + headers
         server = connection.server
         extra = self._head.extra + headers if headers else self._head.extra
         if connection.closing or server.draining:
@@ -175,6 +188,8 @@ class Exchange(Waiter):
         if self._head.version == b"HTTP/1.1" and self._method != b"HEAD":
             payload += b"0\r\n\r\n"
         self._connection = None
+        if self._limiter is not None:
+            self._limiter.answered(self._began, pieces.status, 0)
         connection.answered(self, payload)
 
     def _send(self, status: int, body: bytes) -> None:
@@ -184,7 +199,10 @@ class Exchange(Waiter):
         head = b""
         if not pieces.started:
             pieces.started = True
+            pieces.status = status
             head = self._stream_head(connection, status)
+        if self._limiter is not None:
+            self._limiter.sent(len(body))
         if self._method == b"HEAD" or not body:
             body = b""
         elif self._head.version == b"HTTP/1.1":
@@ -215,7 +233,7 @@ class Exchange(Waiter):
             connection.closing = True
         return b"%b%b%b\r\n" % (
             connection.server.heads.start(status, self.rendering.content_type),
-            self._head.extra,
+            self._head.extra if self._limiter is None else self._head.extra + self._limiter.headers(),
             framing,
         )
 

@@ -17,7 +17,6 @@ from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
 from redisgate.http_protocol import ALLOW, HttpConnection
-from redisgate.metering import MeteredExchange, MeteredPipeline, MeteredTransaction
 from redisgate.peers import Peers
 from redisgate.policy import Rule
 from redisgate.replies import BASE64, JSON, RESP2, quote
@@ -270,10 +269,9 @@ class Gateway:
         return argv
 
     def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
-        if grant.limiter is None:
-            exchange = Exchange(connection, head, method)
-        else:
-            exchange = MeteredExchange(connection, head, method, grant.limiter)
+        exchange = Exchange(connection, head, method)
+        if grant.limiter is not None:
+            exchange.meter(grant.limiter)
             if self._over_limit(exchange, grant, [argv], lambda: self._command(connection, method, head, grant, argv)):
                 return
         rule = grant.policy.rule(argv[0])
@@ -362,12 +360,9 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        limiter = grant.limiter
-        exchange = (
-            PipelineExchange(connection, head, method)
-            if limiter is None
-            else MeteredPipeline(connection, head, method, limiter)
-        )
+        exchange = PipelineExchange(connection, head, method)
+        if grant.limiter is not None:
+            exchange.meter(grant.limiter)
         commands = self._commands(
             exchange, method, grant, body, lambda: self._pipeline(connection, method, head, grant, segments, body)
         )
@@ -404,12 +399,9 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        limiter = grant.limiter
-        exchange = (
-            TransactionExchange(connection, head, method)
-            if limiter is None
-            else MeteredTransaction(connection, head, method, limiter)
-        )
+        exchange = TransactionExchange(connection, head, method)
+        if grant.limiter is not None:
+            exchange.meter(grant.limiter)
         commands = self._commands(
             exchange, method, grant, body, lambda: self._transaction(connection, method, head, grant, segments, body)
         )

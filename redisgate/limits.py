@@ -107,9 +107,9 @@ class Limit:
             used = counter.day_usage(now)
             midnight = now - now % _DAY_SECONDS + _DAY_SECONDS
             others = 0
-            left = self._daily - used
+            left = float(self._daily - used)
             if self._lease is not None:
-                left = self._lease.ceiling(now, used) - used
+                left = float(self._lease.ceiling(now, used) - used)
                 others = self._lease.others()
             self._stands = (self._daily, midnight)
             self._remaining = max(self._daily - others - used, 0)
@@ -148,7 +148,7 @@ class Limit:
 class Meter:
     """What one grant is counted by; see `redisgate.access.Limiter`."""
 
-    __slots__ = ("_limits", "_max_bytes", "cell", "limited")
+    __slots__ = ("_limits", "_max_bytes", "cell")
 
     def __init__(
         self, limits: Sequence[Limit] = (), *, cell: UsageCell | None = None, max_bytes: int | None = None
@@ -157,7 +157,6 @@ class Meter:
         self._limits = tuple(limits)
         self._max_bytes = max_bytes
         self.cell = cell
-        self.limited = bool(limits)
 
     def admit(self, commands: Sequence[Sequence[bytes]]) -> LimitRefusal | None:
         """Count the commands, or say why not; a refusal counts nothing but itself."""
@@ -188,6 +187,8 @@ class Meter:
     def headers(self) -> bytes:
         """Where the client stands with the limit that is nearest."""
         limits = self._limits
+        if not limits:
+            return b""
         now = time.time()
         standing = limits[0].standing(now)
         for limit in limits[1:]:
@@ -195,3 +196,13 @@ class Meter:
             if other[1] < standing[1]:
                 standing = other
         return b"RateLimit-Limit: %d\r\nRateLimit-Remaining: %d\r\nRateLimit-Reset: %d\r\n" % standing
+
+    def answered(self, began: float, status: int, size: int) -> None:
+        """See `redisgate.access.Limiter`."""
+        if self.cell is not None:
+            self.cell.answered(began, status, size)
+
+    def sent(self, size: int) -> None:
+        """See `redisgate.access.Limiter`."""
+        if self.cell is not None:
+            self.cell.bytes_out += size

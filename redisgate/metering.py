@@ -1,18 +1,13 @@
 """What a grant's usage costs to count: plain integers, and a list of them for the latency.
 
 A `UsageCell` belongs to one credential and one instance in one worker; who
-empties it (the control plane) takes what it holds and leaves zeros. The
-exchanges here are those of `redisgate.exchange`, with a look at the clock at
-either end. A grant that is not metered never meets them.
+empties it (the control plane) takes what it holds and leaves zeros.
 """
 
 import time
 from collections.abc import Sequence
 
-from redisgate.access import IpAddress, Limiter
-from redisgate.exchange import Exchange, PipelineExchange, TransactionExchange
-from redisgate.http_head import Head
-from redisgate.http_protocol import HttpConnection
+from redisgate.access import IpAddress
 from resp.commands import CommandTable
 
 BUCKETS = 88
@@ -128,71 +123,3 @@ class UsageCell:
         self.buckets[bucket_of(micros)] += 1
         if status >= 400:
             self.errors += 1
-
-
-class _Metered(Exchange):
-    """Adds to the usage of a grant, and tells its limits, when it is answered."""
-
-    __slots__ = ()
-
-    _began: float
-    _limiter: Limiter
-
-    def respond(self, status: int, body: bytes, content_type: bytes, headers: bytes = b"") -> None:
-        if self._connection is None:
-            return
-        limiter = self._limiter
-        if limiter.cell is not None:
-            limiter.cell.answered(self._began, status, len(body))
-        if limiter.limited:
-            headers = limiter.headers() + headers
-        super().respond(status, body, content_type, headers)
-
-    # A reply in pieces
-
-    def _stream_head(self, connection: HttpConnection, status: int) -> bytes:
-        head = super()._stream_head(connection, status)
-        return head[:-2] + self._limiter.headers() + b"\r\n" if self._limiter.limited else head
-
-    def _send(self, status: int, body: bytes) -> None:
-        if self._limiter.cell is not None:
-            self._limiter.cell.bytes_out += len(body)
-        super()._send(status, body)
-
-    def stream_ended(self) -> None:
-        if self._connection is not None and self._limiter.cell is not None:
-            self._limiter.cell.answered(self._began, 200, 0)
-        super().stream_ended()
-
-
-class MeteredExchange(_Metered):
-    """A single command."""
-
-    __slots__ = ("_began", "_limiter")
-
-    def __init__(self, connection: HttpConnection, head: Head, method: bytes, limiter: Limiter) -> None:
-        super().__init__(connection, head, method)
-        self._limiter = limiter
-        self._began = _clock()
-
-
-class MeteredPipeline(_Metered, PipelineExchange):
-    """A `/pipeline`."""
-
-    __slots__ = ("_began", "_limiter")
-
-    def __init__(self, connection: HttpConnection, head: Head, method: bytes, limiter: Limiter) -> None:
-        super().__init__(connection, head, method)
-        self._limiter = limiter
-        self._began = _clock()
-
-
-class MeteredTransaction(_Metered, TransactionExchange):
-    """A `/multi-exec`."""
-
-    __slots__ = ("_began", "_limiter")
-
-    def __init__(self, connection: HttpConnection, head: Head, method: bytes, limiter: Limiter) -> None:
-        super().__init__(connection, head, method)
-        self._limiter = limiter
-        self._began = _clock()
