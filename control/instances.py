@@ -545,6 +545,8 @@ async def change_status(
             changes["restarts_wanted"] = row["restarts_wanted"] + 1
         elif action in ("start", "stop"):
             changes["desired_state"] = "running" if action == "start" else "stopped"
+        if row["status"] == "error" and action != "stop":
+            changes["status"] = "updating"  # it is tried again now: the answer waits for how that goes
         if not row["counts_against_quota"]:
             # Its creation failed and was rolled back: once more from the beginning.
             if action == "stop":

@@ -140,7 +140,8 @@ def parse(url: str) -> Address:
         address = parse_url(url)
         (address.username or "").encode(), (address.password or "").encode()
     except ValueError as error:
-        text = "the URL cannot be read" if isinstance(error, UnicodeError) else str(error)
+        # Python's own messages repeat what stands before the "@".
+        text = "the URL cannot be read" if isinstance(error, UnicodeError) or "netloc" in str(error) else str(error)
         raise ProvisionError(text, permanent=True) from None
     if address.path is not None:
         raise ProvisionError("an external Redis is reached by redis:// or rediss://, not by a socket", permanent=True)
