@@ -40,6 +40,7 @@ DECISIONS = {
     "POST /api/invitations/accept": "session",
     "GET /api/organizations/{org_id}": "viewer",
     "PATCH /api/organizations/{org_id}": "admin",
+    "PUT /api/organizations/{org_id}": "admin",
     "DELETE /api/organizations/{org_id}": "owner",
     "PUT /api/organizations/{org_id}/plan": "platform",
     "POST /api/organizations/{org_id}/leave": "viewer",
