@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         if command == "check":
             from redisgate.check import run_check
 
-            return run_check(settings)
+            return run_check(settings, _check_control)
         from redisgate.supervisor import run
 
         return run(settings, lambda: load(options, environ, cwd))
@@ -132,3 +132,9 @@ def _operate(command: str, settings: "Settings", options: dict[str, Any]) -> int
     if options["action"] == "export":
         return commands.run_audit_export(settings)
     return commands.run_audit_verify(settings, options["logs"])
+
+
+def _check_control(settings: "Settings") -> tuple[list[str], list[tuple[str, str]]]:
+    from control import commands
+
+    return commands.check(settings)
