@@ -1,6 +1,7 @@
 """The OpenAPI document, the page for people, and the service held against its own description."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from control.http import ENDPOINTS
-from control.openapi import docs_page, document
+from control.openapi import docs_page, document, routes_table
 from tests.control.conftest import Service
 from tests.http import Client
 
@@ -49,6 +50,11 @@ def test_every_reference_leads_somewhere() -> None:
     walk(document())
     assert found
     assert found <= {f"#/components/schemas/{name}" for name in document()["components"]["schemas"]}
+
+
+def test_the_list_of_routes_in_the_docs_is_current() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
+    assert text.endswith(routes_table()), "python -m control.openapi makes the last section of docs/api.md"
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:
