@@ -91,10 +91,12 @@ _ERROR: Final = {
 
 
 def _all() -> list[Endpoint]:
-    from control.app import load_endpoints
+    """In an order that does not depend on which module was imported first."""
+    from control.app import ROUTE_MODULES, load_endpoints
 
     load_endpoints()
-    return list(ENDPOINTS.values())
+    order = {f"control.routes.{name}": index for index, name in enumerate(ROUTE_MODULES)}
+    return sorted(ENDPOINTS.values(), key=lambda entry: order[entry.handler.__module__])
 
 
 def _tags(endpoints: Iterable[Endpoint]) -> list[str]:
