@@ -227,7 +227,8 @@ def view(row: Record, settings: Settings) -> dict[str, Any]:
 
 def _rest_url(instance_id: UUID, domain: str | None, settings: Settings) -> str:
     public = public_url(settings)
-    if domain is None:
+    # Not every resolver knows names under localhost.
+    if domain is None or domain.endswith(".localhost"):
         return f"{public}/redis/{instance_id}"
     parts = urlsplit(public)
     return f"{parts.scheme}://{domain}{f':{parts.port}' if parts.port else ''}"
