@@ -132,8 +132,12 @@ class Limiter(Protocol):
     limited: bool
     """Whether its answers say where it stands: `headers`."""
 
-    def admit(self, commands: Sequence[Sequence[bytes]]) -> "LimitRefusal | None":
-        """Count the commands, or say why not; a refusal counts nothing."""
+    def admit(self, argv: Sequence[bytes]) -> "LimitRefusal | None":
+        """Count one command, or say why not; a refusal counts nothing."""
+        ...
+
+    def admit_all(self, commands: Sequence[Sequence[bytes]]) -> "LimitRefusal | None":
+        """Count all of the commands, or say why none of them."""
         ...
 
     def headers(self) -> bytes:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import redisgate
-from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, IpAddress, Refusal
+from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, LimitRefusal, Refusal
 from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
 from redisgate.http_protocol import ALLOW, HttpConnection
-from redisgate.metering import MeteredExchange, MeteredPipeline, MeteredTransaction
+from redisgate.metering import MeteredExchange, MeteredPipeline, MeteredTransaction, clock
 from redisgate.peers import Peers
 from redisgate.policy import Rule
 from redisgate.replies import BASE64, JSON, RESP2, quote
@@ -270,12 +270,19 @@ class Gateway:
         return argv
 
     def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
-        if grant.limiter is None:
+        limiter = grant.limiter
+        if limiter is None:
             exchange = Exchange(connection, head, method)
         else:
-            exchange = MeteredExchange(connection, head, method, grant.limiter)
-            if self._over_limit(exchange, grant, [argv], lambda: self._command(connection, method, head, grant, argv)):
+            exchange = metered = MeteredExchange(connection, head, method)
+            metered.limiter = limiter
+            metered.began = clock()
+            refusal = limiter.admit(argv)
+            if refusal is not None:
+                self._refuse(exchange, refusal, lambda: self._command(connection, method, head, grant, argv))
                 return
+            if limiter.cell is not None and limiter.cell.address is None:
+                limiter.cell.address = self._peers.client(connection, head)
         rule = grant.policy.rule(argv[0])
         if rule is not None and rule.plain:
             self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
@@ -332,27 +339,14 @@ class Gateway:
         except Unavailable as error:
             exchange.failed(error)
 
-    def _over_limit(self, exchange: Exchange, grant: Grant, commands: list[Argv], again: Callable[[], None]) -> bool:
-        """Count the commands; True: the request was refused, or waits until `again` is called for it."""
-        limiter = grant.limiter
-        assert limiter is not None
-        cell = limiter.cell
-        if cell is not None and cell.address is None:
-            cell.address = self._address(exchange)
-        refusal = limiter.admit(commands)
-        if refusal is None:
-            return False
+    def _refuse(self, exchange: Exchange, refusal: LimitRefusal, again: Callable[[], None]) -> None:
+        """Say that a limit refuses a request; where that is not decided yet, call `again` for it once it is."""
         connection = exchange.connection
         if refusal.wait is not None and connection is not None:
             self._later(connection, exchange, refusal.wait(), lambda: self._instead(exchange, again))
-            return True
+            return
         retry_after = b"Retry-After: %d\r\n" % refusal.retry_after if refusal.retry_after else b""
         exchange.error(refusal.status, refusal.line, retry_after)
-        return True
-
-    def _address(self, exchange: Exchange) -> IpAddress | None:
-        connection = exchange.connection
-        return self._peers.client(connection, exchange._head) if connection is not None else None
 
     # Several commands
 
@@ -362,12 +356,12 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        limiter = grant.limiter
-        exchange = (
-            PipelineExchange(connection, head, method)
-            if limiter is None
-            else MeteredPipeline(connection, head, method, limiter)
-        )
+        if grant.limiter is None:
+            exchange = PipelineExchange(connection, head, method)
+        else:
+            exchange = metered = MeteredPipeline(connection, head, method)
+            metered.limiter = grant.limiter
+            metered.began = clock()
         commands = self._commands(
             exchange, method, grant, body, lambda: self._pipeline(connection, method, head, grant, segments, body)
         )
@@ -404,12 +398,12 @@ class Gateway:
         if len(segments) > 1:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
-        limiter = grant.limiter
-        exchange = (
-            TransactionExchange(connection, head, method)
-            if limiter is None
-            else MeteredTransaction(connection, head, method, limiter)
-        )
+        if grant.limiter is None:
+            exchange = TransactionExchange(connection, head, method)
+        else:
+            exchange = metered = MeteredTransaction(connection, head, method)
+            metered.limiter = grant.limiter
+            metered.began = clock()
         commands = self._commands(
             exchange, method, grant, body, lambda: self._transaction(connection, method, head, grant, segments, body)
         )
@@ -477,8 +471,11 @@ class Gateway:
         except BadRequest as error:
             exchange.error(400, str(error).encode())
             return None
-        if grant.limiter is not None and commands and self._over_limit(exchange, grant, commands, again):
-            return None
+        if grant.limiter is not None and commands:
+            refusal = grant.limiter.admit_all(commands)
+            if refusal is not None:
+                self._refuse(exchange, refusal, again)
+                return None
         return commands
 
     # What may have to be found out first
@@ -621,14 +618,15 @@ class Gateway:
         refusal = grant.policy.stream_refusal(segments[0])
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(
-            exchange,
-            grant,
-            [segments],
-            lambda: self._stream(connection, method, head, grant, segments, pattern=pattern),
-        ):
-            exchange.grant = grant
-            exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
+            return
+        limit = grant.limiter.admit(segments) if grant.limiter is not None else None
+        if limit is not None:
+            self._refuse(
+                exchange, limit, lambda: self._stream(connection, method, head, grant, segments, pattern=pattern)
+            )
+            return
+        exchange.grant = grant
+        exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
 
     def _monitor(
         self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
@@ -640,11 +638,13 @@ class Gateway:
         refusal = grant.policy.stream_refusal(b"monitor")
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(
-            exchange, grant, [segments], lambda: self._monitor(connection, method, head, grant, segments, body)
-        ):
-            exchange.grant = grant
-            exchange.begin(grant.backend.monitor)
+            return
+        limit = grant.limiter.admit(segments) if grant.limiter is not None else None
+        if limit is not None:
+            self._refuse(exchange, limit, lambda: self._monitor(connection, method, head, grant, segments, body))
+            return
+        exchange.grant = grant
+        exchange.begin(grant.backend.monitor)
 
     # What is no command
 
