@@ -17,6 +17,7 @@ redisgate: no Redis is configured. Either
   REDISGATE_REDIS_URL=redis://127.0.0.1:6379 REDISGATE_TOKEN=<a long secret> redisgate serve
 
 or a file with instances and tokens: redisgate serve --config FILE
+or a PostgreSQL for accounts and instances: DATABASE_URL=postgresql://... REDISGATE_SECRET_KEY=... redisgate serve
 To try it without a Redis of your own: redisgate dev"""
 
 
