@@ -48,8 +48,8 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     "trusted_proxies": (["10.0.0.0/8"], "fd00::/8, 10.1.0.0/16", "192.0.2.1/32"),
     "allowed_networks": (["10.0.0.0/8"], "fd00::/8, 10.1.0.0/16", "192.0.2.1/32"),
     **{name: (["a"], "b, c", "d") for name in ("previous_secret_keys", "encryption_keys")},
-    **{name: ("a", "b", "c") for name in ("public_url", "audit_key", "mailer", "redis_server", "instances_dir")},
-    **{name: (True, "false", "true") for name in ("migrate_on_start", "registration", "allow_private_addresses")},
+    **dict.fromkeys(("public_url", "audit_key", "mailer", "redis_server", "instances_dir"), ("a", "b", "c")),
+    **dict.fromkeys(("migrate_on_start", "registration", "allow_private_addresses"), (True, "false", "true")),
 }
 
 
