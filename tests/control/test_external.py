@@ -159,7 +159,7 @@ async def test_something_that_is_no_redis_is_refused(external: ExternalProvision
 
 @needs_redis_7
 async def test_a_cluster_node_is_refused_since_slots_are_not_followed(external: ExternalProvisioner) -> None:
-    node = RedisServer("--cluster-enabled", "yes")
+    node = RedisServer("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     try:
         with pytest.raises(ProvisionError, match="Redis Cluster"):
             await external.register(node.url, None)
