@@ -531,3 +531,24 @@ async def test_every_instance_has_a_domain_of_its_own_where_there_is_one_to_be_u
     seen = instances.view(row, settings)
     assert seen["domain"] == (domain and domain.format(label=row["label"]))
     assert seen["rest_url"] == url.format(label=row["label"], id=row["id"])
+
+
+async def test_a_key_for_some_instances_manages_no_others(
+    client: httpx.AsyncClient, person: Person, stewarded: steward.Steward
+) -> None:
+    mine, other = await create(client, person), await create(client, person)
+    made = await client.post(
+        f"/api/organizations/{person.organization_id}/api-keys",
+        json={"name": "narrow", "scopes": ["manage"], "instance_ids": [mine["id"]]},
+        headers=person.headers,
+    )
+    assert made.status_code == 201, made.text
+    headers = {"Authorization": f"Bearer {made.json()['data']['key']}"}
+    listed = (await client.get(path(person), headers=headers)).json()["data"]
+    assert ([item["id"] for item in listed["items"]], listed["total_count"]) == ([mine["id"]], 1)
+    assert (await client.get(path(person, mine["id"]), headers=headers)).status_code == 200
+    for method, rest in (("GET", ""), ("DELETE", ""), ("GET", "/credentials"), ("PUT", "/status"), ("GET", "/usage")):
+        response = await client.request(method, path(person, other["id"]) + rest, headers=headers)
+        assert response.status_code == 404, (method, rest, response.text)
+    body = {"name": "n", "slug": "n", "max_memory": 8 * MIB}
+    assert (await client.post(path(person), json=body, headers=headers)).status_code == 403
