@@ -28,8 +28,6 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
         "per instance for tokens' Redis users; the longest unused closes",
     ),
     ("redisgate.worker", "RENEW_USERS_SECONDS", "s", "between new logins of those users"),
-    ("redisgate.access", "MAX_REFERENCES", "names", "of instances that a key for several remembers"),
-    ("redisgate.shared", "MAX_RECORDS", "records", "of tokens and organizations with limits; more get 503"),
     ("redisgate.policy", "MAX_REMEMBERED_NAMES", "spellings", "of commands are remembered per scope"),
     ("redisgate.policy", "MAX_NAME_BYTES", "bytes", "longest name of a command, else 400"),
     ("redisgate.policy", "MAX_FAST_ELEMENTS", "elements", "asked for at once before a command takes the slow lane"),
