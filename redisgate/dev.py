@@ -312,7 +312,6 @@ def _greet_all(settings: Settings, binary: _Binary, data: Path, demo: "Demo", ow
         f"""
 RedisGate is ready.
 
-  Dashboard        {url}/
   API              {url}/docs
   Sign in          {demo.email} / {demo.password}
   Organization     {demo.organization_id}
