@@ -1,1 +1,1 @@
-"""The control plane: accounts, organizations, keys, quotas. Not built yet."""
+"""The control plane: accounts, organizations, API keys, quotas, instances, usage, the audit log."""

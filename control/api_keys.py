@@ -9,7 +9,7 @@ Scopes for the data plane: `read` or `write` (which reads too), narrowed by `+co
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Any, Final
@@ -152,9 +152,10 @@ async def create(
     role: str,
     wanted: CreateApiKey,
     *,
-    own_scopes: Sequence[str] | None = None,
+    maker_id: UUID | None = None,
 ) -> tuple[str, Record]:
-    """A new key of a person with this role; the key itself, and its record. `own_scopes`: of the key that makes it.
+    """A new key of a person with this role; the key itself, and its record. `maker_id`: the key that makes it, if one
+    does.
 
     Raises:
         BadRequest: a field is wrong.
@@ -165,7 +166,10 @@ async def create(
     scopes = list(dict.fromkeys(scope.strip() for scope in wanted.scopes))
     _check_scopes(scopes, wanted.key_prefixes, fields)
     networks = _networks(wanted.allowed_networks, fields)
+    maker = None if maker_id is None else await find(connection, organization_id, maker_id)
     expires_at = _expiry(context.now(), wanted.expires_at, wanted.expires_in_days, fields)
+    if maker is not None and wanted.expires_at is None and wanted.expires_in_days is None:
+        expires_at = min(expires_at, maker["expires_at"])
     prefixes = list(dict.fromkeys(wanted.key_prefixes))
     if any(not 0 < len(prefix.encode()) <= 512 for prefix in prefixes):
         fields["key_prefixes"] = "a prefix has 1 to 512 bytes"
@@ -173,8 +177,20 @@ async def create(
         fields["organization_id"] = "is not the organization in the address"
     if fields:
         raise BadRequest(fields=fields)
-    _check_reach(scopes, role, own_scopes)
     instance_ids = None if wanted.instance_ids is None else list(dict.fromkeys(wanted.instance_ids))
+    values: dict[str, Any] = {
+        "organization_id": organization_id,
+        "user_id": user_id,
+        "name": wanted.name,
+        "scopes": scopes,
+        "instance_ids": instance_ids,
+        "key_prefixes": prefixes,
+        "networks": networks,
+        "requests_per_second": wanted.requests_per_second,
+        "commands_per_day": wanted.commands_per_day,
+        "expires_at": expires_at,
+    }
+    _check_reach(values, role, maker)
     await quotas.reserve_api_key(connection, organization_id)
     if instance_ids is not None:
         known = await connection.fetch(
@@ -187,18 +203,6 @@ async def create(
             raise BadRequest(
                 fields={"instance_ids": f"there is no instance {', '.join(sorted(map(str, missing)))} here"}
             )
-    values = {
-        "organization_id": organization_id,
-        "user_id": user_id,
-        "name": wanted.name,
-        "scopes": scopes,
-        "instance_ids": instance_ids,
-        "key_prefixes": prefixes,
-        "networks": networks,
-        "requests_per_second": wanted.requests_per_second,
-        "commands_per_day": wanted.commands_per_day,
-        "expires_at": expires_at,
-    }
     key, row = await _insert(context, connection, values)
     await audit.record(
         connection,
@@ -273,22 +277,48 @@ def _check_scopes(scopes: Sequence[str], key_prefixes: Sequence[str], fields: di
         fields["scopes"] = problems[0]
 
 
-def _check_reach(scopes: Sequence[str], role: str, own_scopes: Sequence[str] | None) -> None:
-    """Nobody makes a key that may do what they may not. Raises Forbidden."""
+def _check_reach(wanted: Mapping[str, Any], role: str, maker: Record | None) -> None:
+    """Nobody makes a key that may do what they may not. `maker` is the key that makes it, if one does.
+
+    Raises:
+        Forbidden: it would reach further.
+    """
+    scopes = wanted["scopes"]
     if WRITE in scopes and role == "viewer":
         raise Forbidden("a viewer's key can only read")
-    if own_scopes is None:
+    if maker is None:
         return
-    # What a key makes may do what it may itself; for managing, permission by permission.
+    held = set(maker["scopes"])
     for permission in roles.PERMISSIONS:
-        if roles.allows(role, permission, scopes) and not roles.allows(role, permission, own_scopes):
+        if roles.allows(role, permission, scopes) and not roles.allows(role, permission, held):
             raise Forbidden(f"this API key lacks {permission}, so it cannot give it to another")
-    held = set(own_scopes)
-    narrowed = {scope for scope in held if scope[:1] in ("+", "-")}
     if (READ in scopes and not held & {READ, WRITE}) or (WRITE in scopes and WRITE not in held):
         raise Forbidden("this API key cannot make one that reads or writes what it does not itself")
-    if {READ, WRITE} & set(scopes) and not narrowed <= set(scopes):
-        raise Forbidden(f"what this API key makes needs its own narrowing, too: {', '.join(sorted(narrowed))}")
+    narrowed = sorted(scope for scope in held if scope[:1] in ("+", "-"))
+    added = {scope for scope in scopes if scope.startswith("+")} - held
+    if narrowed and {READ, WRITE} & set(scopes) and (added or not set(narrowed) <= set(scopes)):
+        raise Forbidden(f"what this API key makes needs its own narrowing, and no more: {', '.join(narrowed)}")
+    if maker["requests_per_second"] is not None or maker["commands_per_day"] is not None:
+        raise Forbidden("this API key has limits of its own, which others that it makes would not share")
+    if wanted["expires_at"] > maker["expires_at"]:
+        raise Forbidden("this API key cannot make one that lives longer than itself")
+    own_prefixes, own_networks, own_instances = maker["key_prefixes"], maker["networks"], maker["instance_ids"]
+    if own_prefixes and not _all_within(wanted["key_prefixes"], own_prefixes, str.startswith):
+        raise Forbidden(f"this API key is for keys with the prefixes {', '.join(own_prefixes)}; name such")
+    if own_networks and not _all_within(wanted["networks"], own_networks, _is_subnet):
+        raise Forbidden(f"this API key is for {', '.join(map(str, own_networks))}; name networks within")
+    if own_instances is not None and not set(wanted["instance_ids"] or [None]) <= set(own_instances):
+        raise Forbidden("this API key is for some instances only; name some of those")
+
+
+def _all_within(wanted: Sequence[Any], own: Sequence[Any], within: Callable[[Any, Any], bool]) -> bool:
+    return bool(wanted) and all(any(within(item, mine) for mine in own) for item in wanted)
+
+
+def _is_subnet(network: IPv4Network | IPv6Network, of: IPv4Network | IPv6Network) -> bool:
+    if isinstance(network, IPv4Network):
+        return isinstance(of, IPv4Network) and network.subnet_of(of)
+    return isinstance(of, IPv6Network) and network.subnet_of(of)
 
 
 def _networks(texts: Sequence[str], fields: dict[str, str]) -> list[IPv4Network | IPv6Network]:
@@ -358,7 +388,7 @@ async def rotate(
     wanted: RotateApiKey,
     *,
     whose: UUID | None,
-    own_scopes: Sequence[str] | None = None,
+    maker_id: UUID | None = None,
 ) -> tuple[str, Record]:
     """A new key that may do the same, and belongs to the person who rotates; the old one works for a while yet.
 
@@ -378,7 +408,12 @@ async def rotate(
     expires_at = old["expires_at"] if wanted.expires_at is None else _expiry(now, wanted.expires_at, None, fields)
     if fields:
         raise BadRequest(fields=fields)
-    _check_reach(old["scopes"], role, own_scopes)
+    maker = None if maker_id is None else await find(connection, organization_id, maker_id)
+    if maker_id == key_id:
+        if expires_at > old["expires_at"]:
+            raise Forbidden("an API key cannot make its own life longer")
+    else:
+        _check_reach(dict(old) | {"expires_at": expires_at}, role, maker)
     overlap = context.settings.rotation_overlap if wanted.overlap_seconds is UNSET else wanted.overlap_seconds
     valid_until = now + timedelta(seconds=overlap)
     await connection.execute(

@@ -60,11 +60,7 @@ def make_context(configured: Settings, *, name: str = "redisgate") -> Context:
 def load_endpoints() -> dict[str, dict[str, Endpoint]]:
     """Every endpoint there is, by path and method."""
     for name in ROUTE_MODULES:
-        try:
-            importlib.import_module(f"control.routes.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"control.routes.{name}":
-                raise
+        importlib.import_module(f"control.routes.{name}")
     found: defaultdict[str, dict[str, Endpoint]] = defaultdict(dict)
     for (path, method), entry in ENDPOINTS.items():
         found[path][method] = entry

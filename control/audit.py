@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 MAX_TEXT: Final = 1000
 """Characters of one text column."""
+PATIENCE_SECONDS = 10.0
+"""After which PostgreSQL ends a transaction that has recorded something and then stands still (a process that was
+stopped, a machine that is gone): everybody else waits for it."""
 VERIFY_BATCH: Final = 1000
 """Events that `verify` holds at a time."""
 MAX_PROBLEMS: Final = 100
@@ -113,7 +116,11 @@ async def record(
     actor = _actor(acting)
     organization = organization_id or actor.organization_id
     head = await connection.fetchrow(
-        "SELECT * FROM audit_head($1::text::jsonb, $2::text::jsonb)", _json(before), _json(after)
+        "SELECT head.*, set_config('idle_in_transaction_session_timeout', $3, true)"
+        " FROM audit_head($1::text::jsonb, $2::text::jsonb) AS head",
+        _json(before),
+        _json(after),
+        f"{PATIENCE_SECONDS * 1000:.0f}",
     )
     assert head is not None
     sequence = (head["sequence"] or 0) + 1

@@ -1,16 +1,18 @@
-"""Commands for whoever runs the deployment: `redisgate admin` and `redisgate audit`."""
+"""Commands for whoever runs the deployment: `redisgate admin`, `redisgate audit`, and part of `redisgate check`."""
 
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from control import accounts, audit
+from control import accounts, audit, steward
 from control.app import make_context
 from control.audit import Actor, Filter
-from control.database import DatabaseAway
+from control.database import DatabaseAway, close, connect
 from control.http import ApiError, Context
-from redisgate.config import ConfigError, Settings, ensure_secret_key
+from control.migrate import Migration, MigrationError, applied, known, migration_url, pending, unreachable
+from control.settings import check as check_settings
+from redisgate.config import ConfigError, ControlSettings, Settings, ensure_secret_key
 
 
 def _run(settings: Settings, work: Callable[[Context], Awaitable[int]]) -> int:
@@ -71,3 +73,43 @@ def run_audit_export(settings: Settings) -> int:
         return 0
 
     return _run(settings, work)
+
+
+def check(settings: Settings) -> tuple[list[str], list[tuple[str, str]]]:
+    """What is well with the control plane, and what is wrong with what to do about it; for `redisgate check`."""
+    well: list[str] = []
+    wrong: list[tuple[str, str]] = []
+    for work in (check_settings, steward.check):
+        try:
+            work(settings)
+        except ConfigError as error:
+            wrong.append((str(error), "change that setting"))
+    for name, url in _urls(settings.control).items():
+        try:
+            version, todo = asyncio.run(_look_at(url, owns=url == migration_url(settings.control)))
+        except MigrationError as error:
+            wrong.append((f"{name}: {error}", "see above"))
+        except Exception as error:
+            if not unreachable(error):
+                raise
+            wrong.append((f"{name}: {error or type(error).__name__}", "start PostgreSQL, or mend the URL"))
+        else:
+            well.append(f"{name}: PostgreSQL {version}")
+            if todo:
+                cure = "`redisgate migrate` does, or `redisgate serve` when it starts"
+                wrong.append((f"{name}: {len(todo)} migrations are to be applied, from {todo[0]} on", cure))
+    return well, wrong
+
+
+def _urls(control: ControlSettings) -> dict[str, str]:
+    names = ("database_url", "database_direct_url", "database_migration_url")
+    return {name: getattr(control, name) for name in names if getattr(control, name)}
+
+
+async def _look_at(url: str, *, owns: bool) -> tuple[str, list[Migration]]:
+    connection = await connect(url, "redisgate check")
+    try:
+        version = str(await connection.fetchval("SHOW server_version"))
+        return version, pending(known(), await applied(connection)) if owns else []
+    finally:
+        await close(connection)

@@ -155,8 +155,11 @@ async def _wait(settings: Settings, demo: Demo) -> Demo:
                 if row is None:
                     return dataclasses.replace(demo, status="gone")
                 status = f"{row['status']}: {row['status_reason']}" if row["status_reason"] else row["status"]
-                # That it runs may be said of the time before it was stopped with us.
-                if row["status"] != "running" or await _answers(context, row):
+                # That it runs may be said of the time before it was stopped with us; an error may be that it had
+                # stopped, and be mended in a moment. One that was rolled back stays.
+                if row["status"] == "running" and await _answers(context, row):
+                    break
+                if row["status"] == "stopped" or not row["counts_against_quota"]:
                     break
                 await asyncio.sleep(0.05)
     except TimeoutError:

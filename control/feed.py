@@ -132,6 +132,8 @@ class AccessFeed:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for _, limit in self._limits.values():
+            limit.flush(time.time())
 
     def _begin(self, work: Any) -> "asyncio.Task[Any]":
         task = asyncio.get_running_loop().create_task(work)
@@ -423,6 +425,10 @@ class AccessFeed:
             if kind == "instances":
                 self._access.remove_instance(name)
                 self._connected.pop(name, None)
+            elif kind in ("api_keys", "organizations"):
+                _, limit = self._limits.pop(UUID(name), (None, None))
+                if limit is not None:
+                    limit.flush(time.time())
         self._look_after_streams(gone)
 
     def _forget_all(self) -> None:

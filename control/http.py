@@ -193,6 +193,8 @@ class Principal:
     """Of the platform. An API key never is."""
     scopes: tuple[str, ...] | None = None
     """Of an API key."""
+    instance_ids: tuple[UUID, ...] | None = None
+    """Of an API key: the instances that it is for; None: all of its organization."""
     name: str | None = None
     """What logs call it."""
 
@@ -510,8 +512,8 @@ async def _api_key(request: ApiRequest, token: str) -> Principal:
     except InvalidToken:
         raise Unauthorized() from None
     row = await request.context.database.fetchrow(
-        "SELECT k.id, k.user_id, k.organization_id, k.name, k.prefix, k.scopes, k.networks FROM api_keys k"
-        " JOIN users u ON u.id = k.user_id WHERE k.id = $1 AND k.digest = $2 AND k.revoked_at IS NULL"
+        "SELECT k.id, k.user_id, k.organization_id, k.name, k.prefix, k.scopes, k.instance_ids, k.networks"
+        " FROM api_keys k JOIN users u ON u.id = k.user_id WHERE k.id = $1 AND k.digest = $2 AND k.revoked_at IS NULL"
         " AND k.expires_at > now() AND (k.valid_until IS NULL OR k.valid_until > now()) AND u.disabled_at IS NULL",
         claims.api_key_id,
         digest(token),
@@ -526,6 +528,7 @@ async def _api_key(request: ApiRequest, token: str) -> Principal:
         api_key_id=row["id"],
         organization_id=row["organization_id"],
         scopes=tuple(row["scopes"]),
+        instance_ids=None if row["instance_ids"] is None else tuple(row["instance_ids"]),
         name=f"{row['prefix']} ({row['name']})",
     )
 
@@ -560,6 +563,8 @@ async def _authorize(request: ApiRequest) -> None:
         raise Forbidden(f"your role here is {role}; this needs {PERMISSIONS[permission].role}")
     if principal.scopes is not None and not allows(role, permission, principal.scopes):
         raise Forbidden(f"this API key lacks the scope {permission}")
+    if principal.instance_ids is not None and request.path.get("instance_id") not in (None, *principal.instance_ids):
+        raise NotFound("there is no such instance")
     request.principal = dataclasses.replace(principal, organization_id=organization_id, role=role)
 
 

@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
@@ -227,7 +228,8 @@ def view(row: Record, settings: Settings) -> dict[str, Any]:
 
 def _rest_url(instance_id: UUID, domain: str | None, settings: Settings) -> str:
     public = public_url(settings)
-    if domain is None:
+    # Not every resolver knows names under localhost.
+    if domain is None or domain.endswith(".localhost"):
         return f"{public}/redis/{instance_id}"
     parts = urlsplit(public)
     return f"{parts.scheme}://{domain}{f':{parts.port}' if parts.port else ''}"
@@ -261,16 +263,24 @@ async def _lock(
 
 
 async def list_instances(
-    database: Database, organization_id: UUID, *, deleted: bool, status: str | None, page: int, limit: int
+    database: Database,
+    organization_id: UUID,
+    *,
+    deleted: bool,
+    status: str | None,
+    only: Sequence[UUID] | None,
+    page: int,
+    limit: int,
 ) -> tuple[list[Record], int]:
-    """One page, the newest first, and how many there are."""
+    """One page, the newest first, and how many there are; `only` among these."""
     rows = await database.fetch(
         "SELECT *, count(*) OVER () AS total FROM instances WHERE organization_id = $1"
         " AND (deleted_at IS NOT NULL) = $2 AND ($3::text IS NULL OR status = $3)"
-        " ORDER BY created_at DESC, id LIMIT $4 OFFSET $5",
+        " AND ($4::uuid[] IS NULL OR id = ANY ($4)) ORDER BY created_at DESC, id LIMIT $5 OFFSET $6",
         organization_id,
         deleted,
         status,
+        only,
         limit,
         (page - 1) * limit,
     )
@@ -278,10 +288,11 @@ async def list_instances(
         return rows, rows[0]["total"]
     total = await database.fetchval(
         "SELECT count(*) FROM instances WHERE organization_id = $1 AND (deleted_at IS NOT NULL) = $2"
-        " AND ($3::text IS NULL OR status = $3)",
+        " AND ($3::text IS NULL OR status = $3) AND ($4::uuid[] IS NULL OR id = ANY ($4))",
         organization_id,
         deleted,
         status,
+        only,
     )
     return [], int(total)
 
@@ -545,6 +556,8 @@ async def change_status(
             changes["restarts_wanted"] = row["restarts_wanted"] + 1
         elif action in ("start", "stop"):
             changes["desired_state"] = "running" if action == "start" else "stopped"
+        if row["status"] == "error" and action != "stop":
+            changes["status"] = "updating"  # it is tried again now: the answer waits for how that goes
         if not row["counts_against_quota"]:
             # Its creation failed and was rolled back: once more from the beginning.
             if action == "stop":

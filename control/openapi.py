@@ -91,10 +91,12 @@ _ERROR: Final = {
 
 
 def _all() -> list[Endpoint]:
-    from control.app import load_endpoints
+    """In an order that does not depend on which module was imported first."""
+    from control.app import ROUTE_MODULES, load_endpoints
 
     load_endpoints()
-    return list(ENDPOINTS.values())
+    order = {f"control.routes.{name}": index for index, name in enumerate(ROUTE_MODULES)}
+    return sorted(ENDPOINTS.values(), key=lambda entry: order[entry.handler.__module__])
 
 
 def _tags(endpoints: Iterable[Endpoint]) -> list[str]:
@@ -269,6 +271,16 @@ def _meta_text(meta: msgspec.Meta) -> str:
     return ""
 
 
+def routes_table() -> str:
+    """Every route with who may call it: the last section of docs/api.md (`python -m control.openapi`)."""
+    lines = ["| route | | needs |", "| --- | --- | --- |"]
+    needs = {"public": "nothing", "session": "a session", "admin": "an administrator of the platform"}
+    for entry in _all():
+        permission = needs.get(entry.permission, f"`{entry.permission}`")
+        lines.append(f"| `{entry.method} {entry.path}` | {entry.summary} | {permission} |")
+    return "\n".join(lines) + "\n"
+
+
 _STYLE: Final = """\
 :root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:0 auto;padding:1rem 1.5rem 4rem}
@@ -336,3 +348,7 @@ def _described_html(entry: Endpoint) -> str:
 def _responses_text(entry: Endpoint) -> list[tuple[str, str]]:
     schemas: defaultdict[int, Any] = defaultdict(dict)
     return [(code, response["description"]) for code, response in _responses(entry, schemas).items()]
+
+
+if __name__ == "__main__":
+    print(routes_table(), end="")

@@ -135,21 +135,22 @@ class Reconciler:
         """
         for _ in range(MAX_STEPS):
             row = await self._database.fetchrow("SELECT * FROM instances WHERE id = $1", instance_id)
-            if row is None or row["provisioner"] not in self._provisioners:
+            if row is None or row["host_id"] not in (None, self._host_id):
                 return None
-            if row["host_id"] not in (None, self._host_id):
-                return None
+            provisioner = self._provisioners.get(row["provisioner"])
+            if provisioner is None:
+                return None  # another host's, or nobody's
             found = next_step(row, self._clock())
             if found.step is Step.NOTHING:
                 return found.at
             if found.step is Step.CHECK:
-                if await self._check(row):
+                if await self._check(row, provisioner):
                     return found.at
             else:
-                await self._take(found.step, row)
+                await self._take(found.step, row, provisioner)
         return self._clock()
 
-    async def _take(self, step: Step, row: Record) -> None:
+    async def _take(self, step: Step, row: Record, provisioner: Provisioner) -> None:
         """Take a step, and put on record how it went."""
         try:
             # What Redis is told of passwords beside the current one depends on the step.
@@ -157,18 +158,17 @@ class Reconciler:
             # An end must not fail because a key is missing.
             encryption = None if step in (Step.STOP, Step.PURGE, Step.ROLL_BACK) else self._encryption
             spec = spec_of(row, encryption, only_these_passwords=only_these)
-            await _STEPS[step](self, row, spec, self._provisioners[row["provisioner"]])
+            await _STEPS[step](self, row, spec, provisioner)
         except (ProvisionError, DecryptionError) as error:
             permanent = isinstance(error, DecryptionError) or error.permanent
             await self._failed(row, step, str(error), permanent)
         else:
             self._on_step(f"{step.value}: recorded")
 
-    async def _check(self, row: Record) -> bool:
+    async def _check(self, row: Record, provisioner: Provisioner) -> bool:
         """Whether a running instance still runs; if not, that is recorded."""
         try:
-            spec = spec_of(row, self._encryption)
-            reason = await self._provisioners[row["provisioner"]].alive(spec)
+            reason = await provisioner.alive(spec_of(row, self._encryption))
         except (ProvisionError, DecryptionError) as error:
             reason = str(error)
         if reason is None:

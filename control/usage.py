@@ -28,7 +28,7 @@ from control.http import BadRequest, Context
 from control.instances import address_of
 from redisgate.access import AccessTable, Instance, IpAddress
 from redisgate.config import ControlSettings
-from redisgate.metering import UsageCell, percentile
+from redisgate.metering import READ, WRITE, UsageCell, percentile
 from resp.commands import CommandTable
 from resp.errors import RespError
 from resp.pool import Pool
@@ -165,12 +165,12 @@ class UsageCollector:
         now = time.time()
         minute = datetime.fromtimestamp((now - FLUSH_SECONDS / 2) // 60 * 60, UTC)
         for whose, cell in list(self._cells.items()):
-            if not cell.requests and not cell.commands:
+            if not cell.used:
                 # Who still counts in it has it by another reference than ours and this loop's.
                 if len(self._cells) > MAX_IDLE_CELLS and sys.getrefcount(cell) <= 3:
                     del self._cells[whose]
                 continue
-            amount = Amount([getattr(cell, name) for name in COUNTS], cell.buckets)
+            amount = _taken(cell)
             if whose.api_key_id != NO_KEY:
                 self._note_use(whose.api_key_id, now, cell.address)
             cell.clear()
@@ -205,6 +205,14 @@ class UsageCollector:
                         samples.append((instance_id, await _look(instance.backend.pool, database)))
             with contextlib.suppress(DatabaseAway, TimeoutError):
                 await _keep_samples(self._database, samples)
+
+
+def _taken(cell: UsageCell) -> Amount:
+    """What is in a cell, in the order of COUNTS."""
+    commands = cell.commands
+    requests = sum(cell.buckets)
+    counts = [sum(commands), commands[READ], commands[WRITE], requests, cell.errors, cell.bytes_in, cell.bytes_out]
+    return Amount([*counts, cell.nanos // 1000], cell.buckets)
 
 
 async def _add(connection: Connection, writer: UUID, batch: _Batch) -> None:

@@ -129,21 +129,19 @@ class Limiter(Protocol):
 
     cell: "UsageCell | None"
     """Where its usage is counted."""
+    limited: bool
+    """Whether its answers say where it stands: `headers`."""
 
-    def admit(self, commands: Sequence[Sequence[bytes]]) -> "LimitRefusal | None":
-        """Count the commands, or say why not; a refusal counts nothing."""
+    def admit(self, argv: Sequence[bytes]) -> "LimitRefusal | None":
+        """Count one command, or say why not; a refusal counts nothing."""
+        ...
+
+    def admit_all(self, commands: Sequence[Sequence[bytes]]) -> "LimitRefusal | None":
+        """Count all of the commands, or say why none of them."""
         ...
 
     def headers(self) -> bytes:
-        """Header lines that tell the client how much is left; none without limits."""
-        ...
-
-    def answered(self, began: float, status: int, size: int) -> None:
-        """A request that began at `began` (`time.perf_counter()`) was answered with `size` bytes."""
-        ...
-
-    def sent(self, size: int) -> None:
-        """So many bytes more of an answer in pieces."""
+        """Header lines that tell the client how much is left."""
         ...
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 import time
+from collections.abc import Callable
 from typing import Any
 
 from redisgate.config import InstanceConfig, Settings, TokenConfig
@@ -32,9 +33,19 @@ class _Report:
         print(f"  FAIL  {text}\n        {cure}")
 
 
-def run_check(settings: Settings) -> int:
-    """Print a report; returns 0 if everything is usable, else 1."""
+def run_check(settings: Settings, control: Callable[[Settings], tuple[list[str], list[tuple[str, str]]]]) -> int:
+    """Print a report; returns 0 if everything is usable, else 1.
+
+    `control` tells of the control plane, if there is one: what is well, and what is wrong with what to do about it.
+    """
     report = _Report()
+    if settings.control.enabled:
+        print("control plane")
+        well, wrong = control(settings)
+        for text in well:
+            report.ok(text)
+        for text, cure in wrong:
+            report.wrong(text, cure)
     results = asyncio.run(_look_at_all(settings.instances))
     servers: dict[str, list[str]] = {}
     for instance, result in zip(settings.instances, results, strict=True):

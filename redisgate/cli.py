@@ -17,11 +17,12 @@ redisgate: no Redis is configured. Either
   REDISGATE_REDIS_URL=redis://127.0.0.1:6379 REDISGATE_TOKEN=<a long secret> redisgate serve
 
 or a file with instances and tokens: redisgate serve --config FILE
+or a PostgreSQL for accounts and instances: DATABASE_URL=postgresql://... REDISGATE_SECRET_KEY=... redisgate serve
 To try it without a Redis of your own: redisgate dev"""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and flags."""
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """All commands, and the flags of all settings for the chosen one: to make them for each takes a while."""
     from redisgate import config
 
     parser = argparse.ArgumentParser(prog="redisgate", description="Redis over HTTP.")
@@ -32,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve the Redis servers that are configured.",
         epilog="example: REDISGATE_REDIS_URL=redis://127.0.0.1:6379 REDISGATE_TOKEN=secret redisgate serve --port 3000",
     )
-    config.add_flags(serve)
+    if chosen == "serve":
+        config.add_flags(serve)
     dev = commands.add_parser(
         "dev",
         help="the whole service with a PostgreSQL and a Redis of its own, for development",
@@ -49,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="connect to every configured Redis and say what is wrong",
         description="Connect to every configured Redis and say what is wrong and how to mend it.",
     )
-    config.add_flags(check)
+    if chosen == "check":
+        config.add_flags(check)
     migrate = commands.add_parser(
         "migrate",
         help="bring the control plane's database up to date",
@@ -60,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     migrate.add_argument("action", nargs="?", choices=["new"], help="new: begin a migration with the next number")
     migrate.add_argument("name", nargs="?", help="what the new migration is called")
     migrate.add_argument("--status", action="store_true", help="only say what is applied and what is not")
-    config.add_flags(migrate)
+    if chosen == "migrate":
+        config.add_flags(migrate)
     admin = commands.add_parser(
         "admin",
         help="make somebody an administrator of the platform",
@@ -68,7 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     admin.add_argument("email", help="of the account")
     admin.add_argument("--revoke", action="store_true", help="no longer an administrator")
-    config.add_flags(admin)
+    if chosen == "admin":
+        config.add_flags(admin)
     audit = commands.add_parser(
         "audit",
         help="verify or export the audit log",
@@ -78,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("action", choices=["verify", "export"])
     audit.add_argument("logs", nargs="*", metavar="LOG", help="logs of the gateway, whose heads are compared")
-    config.add_flags(audit)
+    if chosen == "audit":
+        config.add_flags(audit)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -89,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments in (["version"], ["--version"]):
         print(f"redisgate {redisgate.__version__} ({redisgate.build_form()})")
         return 0
-    options = vars(build_parser().parse_args(arguments))
+    options = vars(build_parser(next(iter(arguments), None)).parse_args(arguments))
     command = options.pop("command")
     from redisgate.config import ConfigError, load
 
@@ -115,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         if command == "check":
             from redisgate.check import run_check
 
-            return run_check(settings)
+            return run_check(settings, _check_control)
         from redisgate.supervisor import run
 
         return run(settings, lambda: load(options, environ, cwd))
@@ -132,3 +138,9 @@ def _operate(command: str, settings: "Settings", options: dict[str, Any]) -> int
     if options["action"] == "export":
         return commands.run_audit_export(settings)
     return commands.run_audit_verify(settings, options["logs"])
+
+
+def _check_control(settings: "Settings") -> tuple[list[str], list[tuple[str, str]]]:
+    from control import commands
+
+    return commands.check(settings)

@@ -120,6 +120,8 @@ def _control_settings(host: str, port: int, data: Path, url: str) -> Settings:
         host=host,
         port=port,
         workers=min(2, len(os.sched_getaffinity(0))),
+        # each instance's domain, which browsers and curl take for this machine
+        base_domain="localhost",
         state_dir=data,
         log_level="warning",
         control=ControlSettings(database_url=url, mode="dev", migrate_on_start=False, allow_private_addresses=True),
@@ -310,7 +312,6 @@ def _greet_all(settings: Settings, binary: _Binary, data: Path, demo: "Demo", ow
         f"""
 RedisGate is ready.
 
-  Dashboard        {url}/
   API              {url}/docs
   Sign in          {demo.email} / {demo.password}
   Organization     {demo.organization_id}

@@ -57,13 +57,13 @@ class Exchange(Waiter):
         self.waiting_payload: bytes | None = None  # a response whose turn has not come
         self._pieces: Pieces | None = None  # of a response that leaves in pieces
         self._limiter: Limiter | None = None  # that hears of the answer
-        self._began = 0.0
+        self._began = 0
         connection.exchanges.append(self)
 
     def meter(self, limiter: "Limiter") -> None:
         """Let `limiter` hear of the answer, and the answer say how much is left."""
         self._limiter = limiter
-        self._began = time.perf_counter()
+        self._began = time.perf_counter_ns()
 
     # Answers from here
 
@@ -73,9 +73,12 @@ class Exchange(Waiter):
         if connection is None:
             return
         self._connection = None
-        if self._limiter is not None:
-            self._limiter.answered(self._began, status, len(body))
-            headers = self._limiter.headers() + headers
+        limiter = self._limiter
+        if limiter is not None:
+            if limiter.cell is not None:
+                limiter.cell.answered(self._began, status, len(body))
+            if limiter.limited:
+                headers = limiter.headers() + headers
         server = connection.server
         extra = self._head.extra + headers if headers else self._head.extra
         if connection.closing or server.draining:
@@ -188,8 +191,8 @@ class Exchange(Waiter):
         if self._head.version == b"HTTP/1.1" and self._method != b"HEAD":
             payload += b"0\r\n\r\n"
         self._connection = None
-        if self._limiter is not None:
-            self._limiter.answered(self._began, pieces.status, 0)
+        if self._limiter is not None and self._limiter.cell is not None:
+            self._limiter.cell.answered(self._began, pieces.status, 0)
         connection.answered(self, payload)
 
     def _send(self, status: int, body: bytes) -> None:
@@ -201,8 +204,8 @@ class Exchange(Waiter):
             pieces.started = True
             pieces.status = status
             head = self._stream_head(connection, status)
-        if self._limiter is not None:
-            self._limiter.sent(len(body))
+        if self._limiter is not None and self._limiter.cell is not None:
+            self._limiter.cell.bytes_out += len(body)
         if self._method == b"HEAD" or not body:
             body = b""
         elif self._head.version == b"HTTP/1.1":
@@ -231,9 +234,12 @@ class Exchange(Waiter):
         else:
             framing = b"Connection: close\r\n"  # HTTP/1.0: the end of the connection is the end of the body
             connection.closing = True
+        extra = self._head.extra
+        if self._limiter is not None and self._limiter.limited:
+            extra += self._limiter.headers()
         return b"%b%b%b\r\n" % (
             connection.server.heads.start(status, self.rendering.content_type),
-            self._head.extra if self._limiter is None else self._head.extra + self._limiter.headers(),
+            extra,
             framing,
         )
 

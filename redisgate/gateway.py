@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
 import redisgate
-from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, IpAddress, Refusal
+from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, LimitRefusal, Refusal
 from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
@@ -270,10 +270,15 @@ class Gateway:
 
     def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
         exchange = Exchange(connection, head, method)
-        if grant.limiter is not None:
-            exchange.meter(grant.limiter)
-            if self._over_limit(exchange, grant, [argv], lambda: self._command(connection, method, head, grant, argv)):
+        limiter = grant.limiter
+        if limiter is not None:
+            exchange.meter(limiter)
+            refusal = limiter.admit(argv)
+            if refusal is not None:
+                self._refuse(exchange, refusal, lambda: self._command(connection, method, head, grant, argv))
                 return
+            if limiter.cell is not None and limiter.cell.address is None:
+                limiter.cell.address = self._peers.client(connection, head)
         rule = grant.policy.rule(argv[0])
         if rule is not None and rule.plain:
             self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
@@ -330,27 +335,14 @@ class Gateway:
         except Unavailable as error:
             exchange.failed(error)
 
-    def _over_limit(self, exchange: Exchange, grant: Grant, commands: list[Argv], again: Callable[[], None]) -> bool:
-        """Count the commands; True: the request was refused, or waits until `again` is called for it."""
-        limiter = grant.limiter
-        assert limiter is not None
-        cell = limiter.cell
-        if cell is not None and cell.address is None:
-            cell.address = self._address(exchange)
-        refusal = limiter.admit(commands)
-        if refusal is None:
-            return False
+    def _refuse(self, exchange: Exchange, refusal: LimitRefusal, again: Callable[[], None]) -> None:
+        """Say that a limit refuses a request; where that is not decided yet, call `again` for it once it is."""
         connection = exchange.connection
         if refusal.wait is not None and connection is not None:
             self._later(connection, exchange, refusal.wait(), lambda: self._instead(exchange, again))
-            return True
+            return
         retry_after = b"Retry-After: %d\r\n" % refusal.retry_after if refusal.retry_after else b""
         exchange.error(refusal.status, refusal.line, retry_after)
-        return True
-
-    def _address(self, exchange: Exchange) -> IpAddress | None:
-        connection = exchange.connection
-        return self._peers.client(connection, exchange._head) if connection is not None else None
 
     # Several commands
 
@@ -469,8 +461,11 @@ class Gateway:
         except BadRequest as error:
             exchange.error(400, str(error).encode())
             return None
-        if grant.limiter is not None and commands and self._over_limit(exchange, grant, commands, again):
-            return None
+        if grant.limiter is not None and commands:
+            refusal = grant.limiter.admit_all(commands)
+            if refusal is not None:
+                self._refuse(exchange, refusal, again)
+                return None
         return commands
 
     # What may have to be found out first
@@ -613,14 +608,15 @@ class Gateway:
         refusal = grant.policy.stream_refusal(segments[0])
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(
-            exchange,
-            grant,
-            [segments],
-            lambda: self._stream(connection, method, head, grant, segments, pattern=pattern),
-        ):
-            exchange.grant = grant
-            exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
+            return
+        limit = grant.limiter.admit(segments) if grant.limiter is not None else None
+        if limit is not None:
+            self._refuse(
+                exchange, limit, lambda: self._stream(connection, method, head, grant, segments, pattern=pattern)
+            )
+            return
+        exchange.grant = grant
+        exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
 
     def _monitor(
         self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
@@ -632,11 +628,13 @@ class Gateway:
         refusal = grant.policy.stream_refusal(b"monitor")
         if refusal is not None:
             exchange.error(400, refusal)
-        elif grant.limiter is None or not self._over_limit(
-            exchange, grant, [segments], lambda: self._monitor(connection, method, head, grant, segments, body)
-        ):
-            exchange.grant = grant
-            exchange.begin(grant.backend.monitor)
+            return
+        limit = grant.limiter.admit(segments) if grant.limiter is not None else None
+        if limit is not None:
+            self._refuse(exchange, limit, lambda: self._monitor(connection, method, head, grant, segments, body))
+            return
+        exchange.grant = grant
+        exchange.begin(grant.backend.monitor)
 
     # What is no command
 

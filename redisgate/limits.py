@@ -55,10 +55,10 @@ class Limit:
         "_fresh_until",
         "_lease",
         "_part",
-        "_pending",
         "_rate",
-        "_remaining",
-        "_stands",
+        "pending",
+        "remaining",
+        "standing",
     )
 
     def __init__(
@@ -72,11 +72,12 @@ class Limit:
         self._part = ALLOWANCE_PART * workers
         self._allowance = 0
         self._fresh_until = 0.0
-        self._pending = 0  # spent of the allowance and not yet in the counter
-        # For the client: the limit that is nearest, what was left of it, when it is whole again (unix seconds; 0: a
-        # second from now).
-        self._stands: tuple[int, float] = (0, 0.0)
-        self._remaining = 0
+        self.pending = 0
+        """What was spent of the allowance and is not yet in the counter."""
+        self.remaining = 0
+        """What is left of the limit that is nearest, before what is pending."""
+        self.standing = b""
+        """Header lines of the limit that is nearest, up to what is left of it."""
 
     def check(self, count: int, now: float) -> LimitRefusal | None:
         """Why `count` commands may not run at `now` (unix seconds); None: they may, and `spend` follows."""
@@ -87,16 +88,16 @@ class Limit:
     def spend(self, count: int, now: float) -> None:
         """Count commands that `check` let pass."""
         self._allowance -= count
-        self._pending += count
+        self.pending += count
         if self._allowance <= 0:
             self.flush(now)
 
     def flush(self, now: float) -> None:
         """Let the other workers see what was spent."""
-        if self._pending:
-            self._counter.add(self._pending, now)
-            self._remaining = max(self._remaining - self._pending, 0)
-            self._pending = 0
+        if self.pending:
+            self._counter.add(self.pending, now)
+            self.remaining = max(self.remaining - self.pending, 0)
+            self.pending = 0
 
     def _ask(self, count: int, now: float) -> LimitRefusal | None:
         self.flush(now)
@@ -111,8 +112,8 @@ class Limit:
             if self._lease is not None:
                 left = float(self._lease.ceiling(now, used) - used)
                 others = self._lease.others()
-            self._stands = (self._daily, midnight)
-            self._remaining = max(self._daily - others - used, 0)
+            self._stand(self._daily, math.ceil(midnight - now))
+            self.remaining = max(self._daily - others - used, 0)
             if count > left:
                 usage = min(used + others, self._daily)
                 line = b"ERR max daily request limit exceeded. Limit: %d, Usage: %d" % (self._daily, usage)
@@ -127,82 +128,93 @@ class Limit:
             recent = counter.rate_usage(now)
             if self._rate - recent < left:
                 left = self._rate - recent
-                self._stands = (self._rate, 0.0)
-                self._remaining = max(int(left), 0)
+                self._stand(self._rate, 1)
+                self.remaining = max(int(left), 0)
             if recent + count > self._rate:
-                self._stands = (self._rate, 0.0)
-                self._remaining = max(int(self._rate - recent), 0)
+                self._stand(self._rate, 1)
+                self.remaining = max(int(self._rate - recent), 0)
                 line = b"ERR max requests limit exceeded. Limit: %d, Usage: %d"
                 return LimitRefusal(line % (self._rate, math.ceil(recent)), 1)
         self._allowance = max(count, int(left) // self._part)
         self._fresh_until = now + ALLOWANCE_SECONDS
         return None
 
-    def standing(self, now: float) -> tuple[int, int, int]:
-        """The limit that is nearest, what is left of it, and in how many seconds it is whole again."""
-        limit, whole_at = self._stands
-        reset = math.ceil(whole_at - now) if whole_at > now else 1
-        return limit, max(self._remaining - self._pending, 0), reset
+    def _stand(self, limit: int, reset: int) -> None:
+        self.standing = b"RateLimit-Limit: %d\r\nRateLimit-Reset: %d\r\nRateLimit-Remaining: " % (limit, reset)
 
 
 class Meter:
     """What one grant is counted by; see `redisgate.access.Limiter`."""
 
-    __slots__ = ("_limits", "_max_bytes", "cell")
+    __slots__ = ("_limits", "_max_bytes", "cell", "limited")
 
     def __init__(
         self, limits: Sequence[Limit] = (), *, cell: UsageCell | None = None, max_bytes: int | None = None
     ) -> None:
-        """`max_bytes`: of the arguments of one request."""
+        """`max_bytes`: of the arguments of one request; needs a cell."""
         self._limits = tuple(limits)
         self._max_bytes = max_bytes
         self.cell = cell
+        self.limited = bool(limits)
 
-    def admit(self, commands: Sequence[Sequence[bytes]]) -> LimitRefusal | None:
-        """Count the commands, or say why not; a refusal counts nothing but itself."""
+    def admit(self, argv: Sequence[bytes]) -> LimitRefusal | None:
+        """Count one command, or say why not; a refusal counts nothing."""
         cell = self.cell
+        if cell is None:
+            return self._spend(1)
         size = 0
-        if cell is not None:
-            if len(commands) == 1:
-                size = sum(map(len, commands[0]))
-            else:
-                size = sum([sum(map(len, argv)) for argv in commands])
-            if self._max_bytes is not None and size > self._max_bytes:
-                line = b"ERR max request size exceeded. Limit: %d bytes, Actual: %d bytes" % (self._max_bytes, size)
-                return LimitRefusal(line, 0, 413)
+        for argument in argv:
+            size += len(argument)
+        if self._max_bytes is not None and size > self._max_bytes:
+            return self._too_large(size, self._max_bytes)
+        if self._limits:
+            refusal = self._spend(1)
+            if refusal is not None:
+                return refusal
+        cell.bytes_in += size
+        kind = cell.kinds.get(argv[0])
+        cell.commands[cell.kind(argv[0]) if kind is None else kind] += 1
+        return None
+
+    def admit_all(self, commands: Sequence[Sequence[bytes]]) -> LimitRefusal | None:
+        """Count all of the commands, or say why none of them."""
+        cell = self.cell
+        if cell is None:
+            return self._spend(len(commands))
+        size = sum([sum(map(len, argv)) for argv in commands])
+        if self._max_bytes is not None and size > self._max_bytes:
+            return self._too_large(size, self._max_bytes)
+        refusal = self._spend(len(commands))
+        if refusal is not None:
+            return refusal
+        cell.bytes_in += size
+        kinds, counts = cell.kinds, cell.commands
+        for argv in commands:
+            kind = kinds.get(argv[0])
+            counts[cell.kind(argv[0]) if kind is None else kind] += 1
+        return None
+
+    @staticmethod
+    def _too_large(size: int, limit: int) -> LimitRefusal:
+        line = b"ERR max request size exceeded. Limit: %d bytes, Actual: %d bytes" % (limit, size)
+        return LimitRefusal(line, 0, 413)
+
+    def _spend(self, count: int) -> LimitRefusal | None:
+        now = time.time()
         limits = self._limits
-        if limits:
-            count = len(commands)
-            now = time.time()
-            for limit in limits:
-                refusal = limit.check(count, now)
-                if refusal is not None:
-                    return refusal
-            for limit in limits:
-                limit.spend(count, now)
-        if cell is not None:
-            cell.count(commands, size)
+        for limit in limits:
+            refusal = limit.check(count, now)
+            if refusal is not None:
+                return refusal
+        for limit in limits:
+            limit.spend(count, now)
         return None
 
     def headers(self) -> bytes:
         """Where the client stands with the limit that is nearest."""
-        limits = self._limits
-        if not limits:
-            return b""
-        now = time.time()
-        standing = limits[0].standing(now)
-        for limit in limits[1:]:
-            other = limit.standing(now)
-            if other[1] < standing[1]:
-                standing = other
-        return b"RateLimit-Limit: %d\r\nRateLimit-Remaining: %d\r\nRateLimit-Reset: %d\r\n" % standing
-
-    def answered(self, began: float, status: int, size: int) -> None:
-        """See `redisgate.access.Limiter`."""
-        if self.cell is not None:
-            self.cell.answered(began, status, size)
-
-    def sent(self, size: int) -> None:
-        """See `redisgate.access.Limiter`."""
-        if self.cell is not None:
-            self.cell.bytes_out += size
+        standing, least = b"", -1
+        for limit in self._limits:
+            remaining = limit.remaining - limit.pending
+            if least < 0 or remaining < least:
+                standing, least = limit.standing, remaining if remaining > 0 else 0
+        return b"%b%d\r\n" % (standing, least)

@@ -14,31 +14,33 @@ BUCKETS = 88
 """Of a latency histogram: four to the octave, from 16 microseconds to a minute."""
 MAX_REMEMBERED_NAMES = 4096
 """Spellings of commands of which a cell knows whether they read or write; then it forgets them all."""
+OTHER, READ, WRITE = 0, 1, 2
+"""What a command does."""
 
-_OTHER, _READ, _WRITE = 0, 1, 2
-_clock = time.perf_counter
+_UNIT_SHIFT = 14  # the least latency that is told apart is 2^14 nanoseconds
+clock = time.perf_counter_ns
+"""What latency is measured by."""
 
 
-def bucket_of(micros: int) -> int:
-    """The bucket that a latency in microseconds belongs to."""
-    n = micros >> 4
+def bucket_of(nanos: int) -> int:
+    """The bucket that a latency in nanoseconds belongs to."""
+    n = nanos >> _UNIT_SHIFT
     if n < 4:
-        return n if n > 0 else 0
+        return n
     octave = n.bit_length() - 3
     bucket = (octave << 2) + (n >> octave)
     return bucket if bucket < BUCKETS else BUCKETS - 1
 
 
-def bucket_start(bucket: int) -> int:
+def bucket_start(bucket: int) -> float:
     """The least latency in a bucket, in microseconds."""
-    if bucket < 8:
-        return bucket << 4
-    octave = (bucket >> 2) - 1
-    return ((bucket & 3) + 4 << octave) << 4
+    octave = max((bucket >> 2) - 1, 0)
+    units = bucket if bucket < 8 else (bucket & 3) + 4 << octave
+    return (units << _UNIT_SHIFT) / 1000
 
 
 def percentile(buckets: Sequence[int], fraction: float) -> float | None:
-    """The latency in microseconds that `fraction` of all stay below, within 13 %; None: there are none."""
+    """The latency in microseconds that `fraction` of all stay below, within an eighth of it; None: there are none."""
     total = sum(buckets)
     if not total:
         return None
@@ -49,14 +51,13 @@ def percentile(buckets: Sequence[int], fraction: float) -> float | None:
         if count and seen >= wanted:
             start, end = bucket_start(bucket), bucket_start(bucket + 1)
             return start + (end - start) * (1 - (seen - wanted) / count)
-    return float(bucket_start(len(buckets)))
+    return bucket_start(len(buckets))
 
 
 class UsageCell:
-    """What one credential did on one instance since the cell was emptied; sizes in bytes, latency in microseconds."""
+    """What one credential did on one instance since the cell was emptied; sizes in bytes, latency in nanoseconds."""
 
     __slots__ = (
-        "_kinds",
         "_table",
         "address",
         "buckets",
@@ -64,62 +65,55 @@ class UsageCell:
         "bytes_out",
         "commands",
         "errors",
-        "micros",
-        "reads",
-        "requests",
-        "writes",
+        "kinds",
+        "nanos",
     )
 
     def __init__(self, table: CommandTable) -> None:
         """`table` says which commands read and which write."""
         self._table = table
-        self._kinds: dict[bytes, int] = {}
-        self.address: IpAddress | None = None  # of the first client since the cell was emptied
+        self.kinds: dict[bytes, int] = {}
+        """What the commands do that were met, by spelling."""
         self.clear()
 
     def clear(self) -> None:
         """Begin anew."""
-        self.address = None
-        self.commands = 0
-        self.reads = 0
-        self.writes = 0
-        self.requests = 0
-        self.errors = 0
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.micros = 0
-        self.buckets = [0] * BUCKETS
+        self.address: IpAddress | None = None  # of the first client
+        self.commands = [0, 0, 0]  # by what they do
+        self.errors = 0  # answers with status 400 or above
+        self.bytes_in = 0  # of arguments
+        self.bytes_out = 0  # of answers' bodies
+        self.nanos = 0  # of all requests together
+        self.buckets = [0] * BUCKETS  # requests by latency
 
-    def count(self, commands: Sequence[Sequence[bytes]], size: int) -> None:
-        """Commands that are about to run, with `size` bytes of arguments."""
-        self.commands += len(commands)
-        self.bytes_in += size
-        kinds = self._kinds
-        for argv in commands:
-            kind = kinds.get(argv[0])
-            if kind is None:
-                kind = self._kind(argv[0])
-            if kind == _READ:
-                self.reads += 1
-            elif kind == _WRITE:
-                self.writes += 1
+    @property
+    def used(self) -> bool:
+        """Whether there is anything in it."""
+        return any(self.commands) or any(self.buckets)
 
-    def _kind(self, name: bytes) -> int:
+    def kind(self, name: bytes) -> int:
+        """What a command does, for one that is not in `kinds`."""
         command = self._table.find([name.upper()])
         if command is None:
-            return _OTHER  # not remembered: the table may learn it
-        kind = _WRITE if "write" in command.flags else _READ if "readonly" in command.flags else _OTHER
-        if len(self._kinds) >= MAX_REMEMBERED_NAMES:
-            self._kinds.clear()
-        self._kinds[name] = kind
+            return OTHER  # not remembered: the table may learn it
+        kind = WRITE if "write" in command.flags else READ if "readonly" in command.flags else OTHER
+        if len(self.kinds) >= MAX_REMEMBERED_NAMES:
+            self.kinds.clear()
+        self.kinds[name] = kind
         return kind
 
-    def answered(self, began: float, status: int, size: int) -> None:
+    def answered(self, began: int, status: int, size: int) -> None:
         """A request that began at `began` was answered with `size` bytes."""
-        micros = int((_clock() - began) * 1e6)
-        self.requests += 1
-        self.micros += micros
+        nanos = clock() - began
+        self.nanos += nanos
         self.bytes_out += size
-        self.buckets[bucket_of(micros)] += 1
+        # bucket_of, without the call
+        n = nanos >> _UNIT_SHIFT
+        if n >= 4:
+            octave = n.bit_length() - 3
+            n = (octave << 2) + (n >> octave)
+            if n >= BUCKETS:
+                n = BUCKETS - 1
+        self.buckets[n] += 1
         if status >= 400:
             self.errors += 1

@@ -2,7 +2,7 @@
 
 import importlib
 
-from redisgate.config import INSTANCE_KEYS, SETTINGS, TOKEN_KEYS
+from redisgate.config import INSTANCE_KEYS, SETTINGS, TOKEN_KEYS, Setting, duration, size
 
 # Bounds that are no settings: module, name, unit, what happens there.
 BOUNDS: tuple[tuple[str, str, str, str], ...] = (
@@ -31,6 +31,11 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("redisgate.policy", "MAX_REMEMBERED_NAMES", "spellings", "of commands are remembered per scope"),
     ("redisgate.policy", "MAX_NAME_BYTES", "bytes", "longest name of a command, else 400"),
     ("redisgate.policy", "MAX_FAST_ELEMENTS", "elements", "asked for at once before a command takes the slow lane"),
+    ("redisgate.access", "MAX_REFERENCES", "names", "of instances remembered per credential for several"),
+    ("redisgate.metering", "MAX_REMEMBERED_NAMES", "spellings", "of commands are remembered per credential's usage"),
+    ("redisgate.asgi", "MAX_REQUESTS", "requests", "to the control plane under way in one worker, then 503"),
+    ("redisgate.limits", "ALLOWANCE_SECONDS", "s", "a worker spends a small part of a limit without asking the others"),
+    ("redisgate.shared", "MAX_RECORDS", "subjects", "tokens, keys and organizations whose limits are counted"),
     ("redisgate.scripts", "MAX_PROBED_FLAGS", "scripts", "whose flags are remembered per instance"),
     ("redisgate.shared", "ALIAS_CAPACITY", "scripts", "whose SHA1 is translated; the oldest give way (NOSCRIPT)"),
     ("redisgate.replies", "MAX_REPLY_DEPTH", "levels", "of nesting in a reply, else 502 for that command"),
@@ -49,6 +54,42 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("resp.scanner", "MAX_LINE_BYTES", "bytes", "of a status, error or number, else its connection is closed"),
     ("resp.commands", "MAX_LEARNED_COMMANDS", "commands", "learned from a server beyond the bundled table"),
 )
+CONTROL_BOUNDS: tuple[tuple[str, str, str, str], ...] = (
+    ("control.http", "MAX_BODY_BYTES", "bytes", "of a request's body, else 413"),
+    ("control.http", "MAX_PAGE_LIMIT", "items", "on one page of a list"),
+    ("control.tokens", "MAX_TOKEN_BYTES", "bytes", "longest session token or API key"),
+    ("control.database", "CONNECT_TIMEOUT", "s", "to connect, and to wait for a connection of the pool; then 503"),
+    ("control.database", "COMMAND_TIMEOUT", "s", "for one statement; then 503"),
+    ("control.migrate", "LOCK_SECONDS", "s", "to wait for another process that migrates"),
+    ("control.plane", "MAX_RETRY_SECONDS", "s", "longest pause before a PostgreSQL that is away is tried again"),
+    ("control.app", "MAX_WAITING_PASSWORDS", "sign-ins", "of one worker wait for a thread, then 503"),
+    ("control.passwords", "MIN_PASSWORD_LENGTH", "characters", "of a password at least"),
+    ("control.mailer", "MAX_WAITING", "mails", "of one process wait for delivery; more are dropped and logged"),
+    ("control.organizations", "MAX_OWN_ORGANIZATIONS", "organizations", "made by one person"),
+    ("control.feed", "POLL_SECONDS", "s", "between two looks for changes that no notification told of"),
+    ("control.feed", "MAX_CREDENTIALS", "credentials", "known to one worker; then the oldest are read again"),
+    ("control.feed", "MAX_UNKNOWN", "credentials", "that grant nothing are remembered"),
+    ("control.feed", "UNKNOWN_SECONDS", "s", "they are"),
+    ("control.feed", "MAX_LOADS", "loads", "of credentials ask PostgreSQL at a time; more wait"),
+    ("control.usage", "FLUSH_SECONDS", "s", "between two writes of a worker's usage"),
+    ("control.usage", "MAX_PENDING", "rows", "of usage wait for a PostgreSQL that is away; the oldest give way"),
+    ("control.usage", "LAST_USED_SECONDS", "s", "to which a key's last use is right"),
+    ("control.usage", "MAX_POINTS", "points", "in one series"),
+    ("control.daily", "STALE_SECONDS", "s", "after which a gateway's lease on a daily limit is given to others"),
+    ("control.instances", "SETTLE_SECONDS", "s", "an answer waits for what was asked for to be done"),
+    ("control.reconciler", "MAX_CREATE_ATTEMPTS", "failures", "after which a creation is rolled back"),
+    ("control.reconciler", "MAX_BACKOFF_SECONDS", "s", "longest pause between two attempts"),
+    ("control.reconciler", "PASSWORD_OVERLAP_SECONDS", "s", "Redis accepts the old password after a rotation"),
+    ("control.steward", "SWEEP_SECONDS", "s", "between two looks at every instance of a host"),
+    ("control.steward", "EXTERNAL_SWEEP_SECONDS", "s", "between two looks at every external instance"),
+    ("control.steward", "LEADER_SECONDS", "s", "in which another host takes over the deployment's work"),
+    ("control.hosts", "AWAY_SECONDS", "s", "of silence after which a host counts as away"),
+    ("control.steward", "MAX_AT_ONCE", "instances", "are worked on side by side"),
+    ("control.provisioners.local", "START_SECONDS", "s", "for redis-server to answer"),
+    ("control.provisioners.local", "STOP_SECONDS", "s", "for redis-server to end before it is killed"),
+    ("control.addresses", "RESOLVE_SECONDS", "s", "for a name server to answer"),
+    ("control.addresses", "MAX_ADDRESSES", "addresses", "of one name; a name with more is refused"),
+)
 
 
 def reference_page() -> str:
@@ -66,8 +107,7 @@ def reference_page() -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for setting in SETTINGS:
-        default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
-        shown = "" if default in (None, "") else f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+        shown = _default(setting)
         variable = f"`{setting.variable}`" + (f" or `{setting.other_variable}`" if setting.other_variable else "")
         lines.append(f"| `{setting.path}` | `{setting.flag}` | {variable} | {shown} | {setting.help} |")
     lines += [
@@ -94,11 +134,42 @@ def reference_page() -> str:
         "| bound | value | |",
         "| --- | --- | --- |",
     ]
-    for module, name, unit, meaning in BOUNDS:
-        value = getattr(importlib.import_module(module), name)
-        lines.append(f"| `{name}` | {_readable(value, unit)} | {meaning} |")
-    lines.append("")
+    lines += _bounds(BOUNDS)
+    lines += [
+        "",
+        "Of the control plane:",
+        "",
+        "| bound | value | |",
+        "| --- | --- | --- |",
+        *_bounds(CONTROL_BOUNDS),
+        "",
+    ]
     return "\n".join(lines)
+
+
+def _default(setting: Setting) -> str:
+    """As somebody would write it."""
+    value = setting.default
+    if isinstance(value, tuple):
+        value = ", ".join(value)
+    if value in (None, ""):
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if setting.parse is size:
+        exponent, unit = next((e, u) for e, u in ((20, "MiB"), (10, "KiB"), (0, "")) if value % (1 << e) == 0)
+        return f"`{value >> exponent}{unit}`"
+    if setting.parse is duration:
+        seconds, unit = next((n, u) for n, u in ((86400, "d"), (3600, "h"), (1, "")) if value % n == 0)
+        return f"`{value / seconds:g}{unit}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _bounds(bounds: tuple[tuple[str, str, str, str], ...]) -> list[str]:
+    return [
+        f"| `{name}` | {_readable(getattr(importlib.import_module(module), name), unit)} | {meaning} |"
+        for module, name, unit, meaning in bounds
+    ]
 
 
 def _readable(value: float, unit: str) -> str:

@@ -29,7 +29,7 @@ BACKLOG = 4096
 RENEW_USERS_SECONDS = 60.0
 """How often Redis users of their own log in again, so that a changed password ends their tokens."""
 
-PLANE_STOP_SECONDS = 5.0
+PLANE_STOP_SECONDS = 2.0
 """For the control plane to finish when a worker stops; beyond the time to drain."""
 KEPT_MEMORY_BYTES = 32 * 1024 * 1024
 """Freed memory that a worker keeps for its next replies, instead of giving it back to the system each time."""

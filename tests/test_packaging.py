@@ -64,7 +64,8 @@ def test_the_wheel_claims_three_top_level_names_only(wheel: Path) -> None:
     # What the compiled modules share cannot lie in a package; its name says whose it is.
     assert {name for name in claimed if not name.startswith("redisgate__mypyc.")} == {"resp", "redisgate", "control"}
     assert {"resp/commands.json", "resp/py.typed", "control/templates/__init__.py"} <= set(names)
-    assert "control/migrations/__init__.py" in names
+    assert {"control/migrations/__init__.py", "control/migrations/0001_accounts.sql", "control/py.typed"} <= set(names)
+    assert {"control/routes/service.py", "control/provisioners/local.py"} <= set(names)
 
 
 def test_an_installed_wheel_runs(installed: Path, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from resp.parser import ErrorReply, Parser
 
 CONNECT_SECONDS: Final = 3.0
 ANSWER_SECONDS: Final = 3.0
+EXAMINE_SECONDS: Final = 10.0
+"""For all the addresses of a name together."""
 MAX_URL: Final = 2000
 """Characters of a URL."""
 MAX_EXAMINED_AT_ONCE: Final = 8
@@ -85,22 +87,29 @@ class ExternalProvisioner:
 
     async def _examine(self, address: Address, redis_version: str | None) -> Found:
         """Look at each address that a name has, until one answers."""
-        name = address.host
-        failed: ProvisionError | None = None
         async with self._turns:
             try:
-                checked = await self._policy.check(name, address.port)
-            except AddressRefused as error:
-                raise ProvisionError(str(error), permanent=True) from error
-            for each in checked:
-                server_name = name if address.tls else None
-                pinned = dataclasses.replace(address, host=each.address, server_name=server_name)
-                try:
-                    return await self._look(pinned, name, redis_version)
-                except ProvisionError as error:
-                    if error.permanent:
-                        raise
-                    failed = error
+                async with asyncio.timeout(EXAMINE_SECONDS):
+                    return await self._examine_each(address, redis_version)
+            except TimeoutError:
+                raise ProvisionError(f"it cannot be reached: no answer within {EXAMINE_SECONDS:g} s") from None
+
+    async def _examine_each(self, address: Address, redis_version: str | None) -> Found:
+        name = address.host
+        failed: ProvisionError | None = None
+        try:
+            checked = await self._policy.check(name, address.port)
+        except AddressRefused as error:
+            raise ProvisionError(str(error), permanent=True) from error
+        for each in checked:
+            server_name = name if address.tls else None
+            pinned = dataclasses.replace(address, host=each.address, server_name=server_name)
+            try:
+                return await self._look(pinned, name, redis_version)
+            except ProvisionError as error:
+                if error.permanent:
+                    raise
+                failed = error
         assert failed is not None
         raise failed
 
@@ -140,7 +149,8 @@ def parse(url: str) -> Address:
         address = parse_url(url)
         (address.username or "").encode(), (address.password or "").encode()
     except ValueError as error:
-        text = "the URL cannot be read" if isinstance(error, UnicodeError) else str(error)
+        # Python's own messages repeat what stands before the "@".
+        text = "the URL cannot be read" if isinstance(error, UnicodeError) or "netloc" in str(error) else str(error)
         raise ProvisionError(text, permanent=True) from None
     if address.path is not None:
         raise ProvisionError("an external Redis is reached by redis:// or rediss://, not by a socket", permanent=True)

@@ -302,6 +302,7 @@ class LocalProvisioner:
                 connection = await self._start_or_adopt(home, spec)
             except _NotOurs as error:
                 log.warning("instance %s: %s; starting it anew", spec.id, error)
+                self._unwatch(spec.id)
                 await self._kill(home)
                 connection = await self._start_or_adopt(home, spec)
             try:

@@ -79,7 +79,7 @@ async def create(request: ApiRequest, body: CreateApiKey) -> object:
             request.user_id,
             _role(request),
             body,
-            own_scopes=request.principal.scopes,
+            maker_id=request.principal.api_key_id,
         )
     return {"key": key, "api_key": api_keys.view(row)}
 
@@ -153,7 +153,7 @@ async def rotate(request: ApiRequest, body: RotateApiKey) -> object:
             _role(request),
             body,
             whose=_whose(request),
-            own_scopes=request.principal.scopes,
+            maker_id=request.principal.api_key_id,
         )
     return {"key": key, "api_key": api_keys.view(row)}
 

@@ -59,8 +59,8 @@ class Register(msgspec.Struct):
     email: Email
     username: Username
     password: NewPassword
-    first_name: PersonName = ""
-    last_name: PersonName = ""
+    first_name: PersonName | None = None
+    last_name: PersonName | None = None
     invitation: Token | None = None
 
 
@@ -92,7 +92,9 @@ async def register(request: ApiRequest, body: Register) -> object:
     subjects = context.throttle.registration_subjects(request.client_address)
     await context.throttle.check(context.database, subjects)
     password_hash = await context.passwords.hash(body.password)
-    registration = Registration(body.email, body.username, body.first_name.strip(), body.last_name.strip())
+    registration = Registration(
+        body.email, body.username, (body.first_name or "").strip(), (body.last_name or "").strip()
+    )
     joined = None
     try:
         async with context.database.transaction() as connection:

@@ -7,7 +7,7 @@ from uuid import UUID
 import msgspec
 
 from control import instances
-from control.http import ApiRequest, NotFound, Reply, endpoint, page
+from control.http import ApiRequest, Forbidden, NotFound, Reply, endpoint, page
 from control.instances import ChangeStatus, CreateInstance, RotateCredentials, UpdateInstance
 
 _PATH = "/api/organizations/{org_id}/redis-instances"
@@ -101,6 +101,8 @@ async def create(request: ApiRequest, body: CreateInstance) -> object:
     """Waits a few seconds for it to run; `status` says how far it is. The tokens are shown here, and again by
     `credentials`. With `external_url` an existing Redis is registered, after a look at it.
     """
+    if request.principal.instance_ids is not None:
+        raise Forbidden("this API key is for some instances only, so it creates no others")
     instance_id, tokens = await instances.create(
         request.context, request, request.organization_id, request.user_id, body
     )
@@ -128,6 +130,7 @@ async def list_all(request: ApiRequest) -> object:
         request.organization_id,
         deleted=wanted.deleted,
         status=wanted.status,
+        only=request.principal.instance_ids,
         page=number,
         limit=limit,
     )

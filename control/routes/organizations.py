@@ -111,6 +111,25 @@ async def get_organization(request: ApiRequest) -> object:
 )
 async def update_organization(request: ApiRequest, body: UpdateOrganization) -> object:
     """Give it another name; the slug stays."""
+    return await _update(request, body)
+
+
+@endpoint(
+    "PUT",
+    "/api/organizations/{org_id}",
+    permission="organization.update",
+    body=UpdateOrganization,
+    response=OrganizationInFull,
+    summary="Rename an organization (as PATCH)",
+    tags=TAGS,
+    message="the organization is renamed",
+)
+async def put_organization(request: ApiRequest, body: UpdateOrganization) -> object:
+    """The same as PATCH."""
+    return await _update(request, body)
+
+
+async def _update(request: ApiRequest, body: UpdateOrganization) -> object:
     async with request.context.database.transaction() as connection:
         await organizations.rename_organization(connection, request, request.organization_id, _name(body.name))
         return await organizations.get_organization(connection, request.organization_id, request.principal.role)

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import asyncpg
@@ -86,6 +86,16 @@ def execute(url: str, statement: str, *args: object) -> None:
 
     with asyncio.Runner() as runner:
         runner.run(run())
+
+
+async def eventually(condition: Callable[[], object], seconds: float = 5.0) -> None:
+    """Wait until `condition()` is true; for `seconds` at most."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError(f"waited {seconds:g} s in vain")
 
 
 def seconds_until(condition: Any, seconds: float, what: str) -> float:

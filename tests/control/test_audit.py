@@ -186,6 +186,23 @@ async def test_the_chain_stays_whole_when_fifty_write_at_once(own: Database) -> 
     assert found.events == 40
 
 
+async def test_a_process_that_stands_still_does_not_hold_up_the_others_for_long(
+    own: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "PATIENCE_SECONDS", 0.2)
+    stopped = await asyncpg.connect(own._url)
+    transaction = stopped.transaction()
+    await transaction.start()
+    await record(stopped, SOMEBODY, "test.stopped", ("thing", None))
+    async with asyncio.timeout(10):
+        await add(own, 1)
+    with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError)):
+        await transaction.commit()
+    await stopped.close()
+    assert [row["action"] for row in await own.fetch("SELECT action FROM audit_events")] == ["test.run"]
+    assert (await report(own)).intact
+
+
 async def test_the_applications_role_can_only_add(own: Database) -> None:
     await add(own, 1)
     for statement in (

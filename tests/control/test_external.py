@@ -109,6 +109,10 @@ async def test_what_a_user_may_not_do_is_said(
         ("redis://:secret@localhost:{closed}", "cannot be reached"),
         ("rediss://:secret@localhost:{port}", "TLS failed|cannot be reached"),
         ("redis://:secret@no-such-host.invalid:{port}", "there is no host"),
+        ("redis://:secret@exa\u2100mple.com", "cannot be read"),
+        ("redis://:secret@[::1", "Invalid IPv6 URL"),
+        ("redis://:secret@localhost:99999", "port is not a number"),
+        ("redis://:secret@localhost/x", "database is a number"),
     ],
 )
 async def test_a_redis_that_cannot_be_used_is_refused_with_the_reason(
@@ -155,7 +159,7 @@ async def test_something_that_is_no_redis_is_refused(external: ExternalProvision
 
 @needs_redis_7
 async def test_a_cluster_node_is_refused_since_slots_are_not_followed(external: ExternalProvisioner) -> None:
-    node = RedisServer("--cluster-enabled", "yes")
+    node = RedisServer("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
     try:
         with pytest.raises(ProvisionError, match="Redis Cluster"):
             await external.register(node.url, None)

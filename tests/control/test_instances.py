@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -472,7 +473,6 @@ async def test_secrets_move_to_a_new_key_and_the_old_one_can_go(
 
 
 def test_a_provisioner_that_is_not_built_is_a_clear_error_at_start(settings: Settings, tmp_path: Path) -> None:
-    import dataclasses
 
     from redisgate.config import ConfigError
 
@@ -492,7 +492,6 @@ def test_a_provisioner_that_is_not_built_is_a_clear_error_at_start(settings: Set
 
 
 async def test_the_gateways_own_services_are_known(settings: Settings) -> None:
-    import dataclasses
 
     control = dataclasses.replace(
         settings.control,
@@ -503,3 +502,53 @@ async def test_the_gateways_own_services_are_known(settings: Settings) -> None:
     assert found[:4] == [("::", 3000), ("db.example.com", 5432), ("::1", 5433), ("other", 5434)]
     with contextlib.suppress(ValueError):
         assert all(port for _, port in found)
+
+
+@pytest.mark.parametrize(
+    ("base_domain", "public", "domain", "url"),
+    [
+        ("", "http://gate.test:3000", None, "http://gate.test:3000/redis/{id}"),
+        ("gate.test", "https://gate.test", "{label}.gate.test", "https://{label}.gate.test"),
+        ("gate.test.", "http://gate.test:3000", "{label}.gate.test", "http://{label}.gate.test:3000"),
+        ("localhost", "http://127.0.0.1:3000", "{label}.localhost", "http://127.0.0.1:3000/redis/{id}"),
+    ],
+)
+async def test_every_instance_has_a_domain_of_its_own_where_there_is_one_to_be_under(
+    client: httpx.AsyncClient,
+    person: Person,
+    stewarded: steward.Steward,
+    context: Context,
+    base_domain: str,
+    public: str,
+    domain: str | None,
+    url: str,
+) -> None:
+    data = await create(client, person, slug="cache")
+    row = await eventually(context.database, data["id"])
+    assert row["label"].startswith("cache-")
+    control = dataclasses.replace(context.settings, public_url=public)
+    settings = dataclasses.replace(context.gateway_settings, base_domain=base_domain, control=control)
+    seen = instances.view(row, settings)
+    assert seen["domain"] == (domain and domain.format(label=row["label"]))
+    assert seen["rest_url"] == url.format(label=row["label"], id=row["id"])
+
+
+async def test_a_key_for_some_instances_manages_no_others(
+    client: httpx.AsyncClient, person: Person, stewarded: steward.Steward
+) -> None:
+    mine, other = await create(client, person), await create(client, person)
+    made = await client.post(
+        f"/api/organizations/{person.organization_id}/api-keys",
+        json={"name": "narrow", "scopes": ["manage"], "instance_ids": [mine["id"]]},
+        headers=person.headers,
+    )
+    assert made.status_code == 201, made.text
+    headers = {"Authorization": f"Bearer {made.json()['data']['key']}"}
+    listed = (await client.get(path(person), headers=headers)).json()["data"]
+    assert ([item["id"] for item in listed["items"]], listed["total_count"]) == ([mine["id"]], 1)
+    assert (await client.get(path(person, mine["id"]), headers=headers)).status_code == 200
+    for method, rest in (("GET", ""), ("DELETE", ""), ("GET", "/credentials"), ("PUT", "/status"), ("GET", "/usage")):
+        response = await client.request(method, path(person, other["id"]) + rest, headers=headers)
+        assert response.status_code == 404, (method, rest, response.text)
+    body = {"name": "n", "slug": "n", "max_memory": 8 * MIB}
+    assert (await client.post(path(person), json=body, headers=headers)).status_code == 403

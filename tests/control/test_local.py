@@ -98,6 +98,22 @@ async def test_an_instance_starts_with_a_socket_and_users_of_its_own(local: Loca
     assert await local.alive(recorded(spec, found)) is None
 
 
+def what_others_can_see(found: Found, folder: Path) -> bytes:
+    assert found.process is not None
+    process = Path(f"/proc/{found.process['pid']}")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return b"".join(path.read_bytes() for path in (process / "cmdline", process / "environ", *files))
+
+
+async def test_no_password_stands_in_a_file_an_argument_or_a_variable(local: LocalProvisioner, folder: Path) -> None:
+    spec = make_spec(password="the-password-of-the-gateway", admin_password="the-password-of-the-admin")
+    found = await local.ensure(spec)
+    seen = what_others_can_see(found, folder)
+    assert b"redis-server" in seen
+    assert b"maxmemory" in seen
+    assert b"the-password" not in seen
+
+
 async def test_root_runs_it_as_an_unprivileged_user_whom_the_folders_bar(local: LocalProvisioner, folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can choose")

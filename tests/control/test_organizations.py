@@ -56,7 +56,7 @@ async def test_a_new_organization_is_its_makers(client: httpx.AsyncClient, perso
 
 @pytest.mark.parametrize("name", ["", "   ", "x" * 101, None, 7, "a\0b"], ids=repr)
 async def test_a_name_that_is_none_is_a_bad_request(client: httpx.AsyncClient, person: Person, name: object) -> None:
-    for method, url in (("POST", "/api/organizations"), ("PATCH", path(person))):
+    for method, url in (("POST", "/api/organizations"), ("PATCH", path(person)), ("PUT", path(person))):
         response = await call(client, person, method, url, {"name": name})
         assert response.status_code == 400
         assert response.json()["data"]["fields"].keys() == {"name"}
@@ -89,6 +89,8 @@ async def test_an_organization_is_shown_and_renamed(client: httpx.AsyncClient, p
     after = (await call(client, person, "PATCH", path(person), {"name": "New"})).json()["data"]
     assert after["name"] == "New"
     assert after["slug"] == before["slug"]
+    again = await call(client, person, "PUT", path(person), {"name": "Newer"})
+    assert again.json()["data"] == after | {"name": "Newer", "updated_at": again.json()["data"]["updated_at"]}
 
 
 async def test_a_deleted_organization_is_gone_for_everybody(
