@@ -119,7 +119,7 @@ class LimitRefusal:
 class Grant:
     """What one credential may do."""
 
-    __slots__ = ("expires", "instance", "limiter", "name", "policy", "user")
+    __slots__ = ("expires", "full", "instance", "limiter", "name", "policy", "user")
 
     def __init__(
         self,
@@ -138,6 +138,8 @@ class Grant:
         self.expires = expires
         self.limiter = limiter
         self.user = user
+        self.full = scope == Scope() and expires is None and limiter is None and user is None
+        """Whether nothing is kept from it."""
 
     @property
     def backend(self) -> Backend:

@@ -7,12 +7,13 @@ connection takes no further request, so that order is kept.
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import redisgate
-from redisgate.access import AccessTable, Backend, Grant
+from redisgate.access import AccessTable, Backend, Grant, Instance
 from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
@@ -472,6 +473,10 @@ class Gateway:
 
     async def _rest_token(self, exchange: Exchange, grant: Grant, argv: Argv) -> None:
         instance = grant.instance
+        if not grant.full:
+            # The new token would have none of the limits of the one that asks for it.
+            exchange.error(400, b"NOPERM this user has no permissions to run the 'acl|resttoken' command")
+            return
         now = time.monotonic()
         failures = [at for at in self._login_failures.get(instance.id, ()) if now - at < LOGIN_FAILURE_SECONDS]
         self._login_failures[instance.id] = failures
@@ -486,22 +491,34 @@ class Gateway:
             return
         failures.append(now)  # while it is tried, it counts as failed: attempts at once are throttled too
         try:
-            private = await connect(
-                instance.config.address.with_login(user, password), timeout=instance.config.connect_timeout
-            )
-        except ConnectFailed as error:
-            if "AUTH was refused" in error.detail:
-                line = b'ERR Wrong password or user "%b" does not exist' % argv[2].replace(b"\r", b"").replace(
-                    b"\n", b""
-                )
-                exchange.error(400, line)
-                return
+            accepted = await self._logs_in(instance, user, password)
+            any_password = accepted and await self._logs_in(instance, user, secrets.token_hex(16))
+        except ConnectFailed:
             failures.remove(now)
             raise
-        private.close(ReplyLost("done"))
+        name = argv[2].replace(b"\r", b"").replace(b"\n", b"")
+        if not accepted:
+            exchange.error(400, b'ERR Wrong password or user "%b" does not exist' % name)
+            return
         failures.remove(now)
+        if any_password:
+            exchange.error(400, b'ERR user "%b" has no password of its own, so a token would prove nothing' % name)
+            return
         token = self._tokens.make(instance.id, user, password)
         exchange.reply(b"$%d\r\n%b\r\n" % (len(token), token), 0)
+
+    @staticmethod
+    async def _logs_in(instance: Instance, user: str, password: str) -> bool:
+        """Whether the server accepts this pair, tried on a private connection."""
+        address = instance.config.address.with_login(user, password)
+        try:
+            private = await connect(address, timeout=instance.config.connect_timeout)
+        except ConnectFailed as error:
+            if "AUTH was refused" in error.detail:
+                return False
+            raise
+        private.close(ReplyLost("done"))
+        return True
 
     # Streams
 
