@@ -464,6 +464,8 @@ class HttpConnection:
                 self.closing = True
                 if self._line is None and not self._refusing:
                     self.transport.close()
+                    if not self.write_paused:  # which has a deadline of its own
+                        self.deadline = self.server.now + self.server.limits.write_timeout
                 return
             if not self.write_paused:
                 self.deadline = self.server.idle_deadline

@@ -346,8 +346,25 @@ def test_a_slow_listener_is_cut_off_with_an_error_event(redis_server: RedisServe
             while chunk := listener.read_chunk():
                 last = chunk
             assert last.startswith(b"event: error\ndata: ERR ")
+            assert listener.file.read() == b""
     finally:
         gateway.stop()
+
+
+def test_a_stream_that_redis_ends_closes_its_connection(gateway: Gateway, redis_server: RedisServer) -> None:
+    request = "GET /subscribe/e HTTP/{}\r\nHost: a\r\nAuthorization: Bearer token\r\n\r\n"
+    for version in ("1.0", "1.1"):
+        with Client(gateway.port) as listener:
+            # What is pipelined behind a stream is not answered, and the client is told so.
+            listener.sock.sendall(request.format(version).encode() + b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")
+            status, headers = listener.read_head()
+            assert (status, headers["connection"]) == (200, "close")
+            while b"data: subscribe,e,1" not in listener.file.readline():
+                pass
+            redis_server.raw(b"CLIENT KILL TYPE pubsub\r\n", 1)
+            rest = listener.file.read()
+            assert b"event: error\n" in rest
+            assert rest.endswith(b"0\r\n\r\n") == (version == "1.1")
 
 
 def test_too_many_waiting_commands_are_refused_before_they_are_sent(redis_server: RedisServer, tmp_path: Path) -> None:

@@ -505,6 +505,12 @@ def test_monitor_shows_commands(gateway: Gateway, client: Client) -> None:
 
 def test_streams_need_a_channel_and_a_token(gateway: Gateway, client: Client) -> None:
     assert client.get("/subscribe").status == 400
+    for target in ("/subscribe/head", "/psubscribe/head", "/monitor"):
+        head = client.request("HEAD", target)
+        assert head.status == 200
+        assert head.headers["content-type"] == "text/event-stream"
+        assert client.get("/echo/next").result == "next"
+    assert client.command("PUBSUB", "NUMSUB", "head").result == ["head", 0]
     with Client(gateway.port, "wrong") as stranger:
         assert stranger.get("/subscribe/x").status == 401
 
