@@ -411,9 +411,9 @@ class Gateway:
                 await self._learn(grant, argv[0])
             elif rule.script and rule.refusal is None and rule.check(argv).refusal is None:
                 if instance.scripts.unsettled(argv):
-                    frame = await instance.scripts.prepare(argv, pool.call)
-                    if frame is not None:
-                        checked.prepared[index] = frame
+                    checked.prepared[index] = await instance.scripts.prepare(
+                        argv, instance.backend.pool.call, pool.call
+                    )
         checked.check(commands, lambda instance_id, name: True)
 
     async def _learn(self, grant: Grant, name: bytes) -> None:
@@ -610,7 +610,7 @@ class Checked:
     def __init__(self, grant: Grant) -> None:
         self._grant = grant
         self.outcomes: list[Argv | bytes] = []
-        self.prepared: dict[int, bytes] = {}  # frames found out by asking the server
+        self.prepared: dict[int, Argv | bytes] = {}  # outcomes found out by asking the server
         self.slow = False
 
     def check(self, commands: list[Argv], is_unknown: Callable[[str, bytes], bool]) -> bool:
@@ -645,9 +645,9 @@ class Checked:
             return b"-%b\r\n" % verdict.refusal
         if verdict.local is not None:
             return verdict.local
+        self.slow = self.slow or verdict.slow
         if index in self.prepared:
             return self.prepared[index]
-        self.slow = self.slow or verdict.slow
         if rule.resttoken and len(argv) > 1 and argv[1].upper() == b"RESTTOKEN":
             return b"-ERR ACL RESTTOKEN is available as a single command only\r\n"
         if rule.script:
