@@ -13,12 +13,13 @@ from redisgate.http_head import Head
 from redisgate.http_response import length_line
 from redisgate.replies import JSON, JsonRendering, Rendering, ReplyStream
 from resp.connection import Connection, Waiter
-from resp.errors import ProtocolError, ReplyTimeout, RespError, Unavailable
+from resp.errors import LoginRefused, ReplyTimeout, RespError, Unavailable
 
 if TYPE_CHECKING:
     from redisgate.http_protocol import HttpConnection
 
 RETRY_AFTER: Final = b"Retry-After: 1\r\n"
+UNAUTHORIZED: Final = b"WRONGPASS invalid or missing auth token"
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,19 @@ class Exchange(Waiter):
             lines = heads.lines(status, content_type)
         connection.answered(self, b"".join((lines, token, extra, length_line(length), body)))
 
+    def respond_without_content(self, headers: bytes) -> None:
+        """Answer with 204, which has no Content-Length (RFC 9110 section 8.6); `headers` with their CRLF."""
+        connection = self._connection
+        if connection is None:
+            return
+        self._connection = None
+        heads = connection.server.heads
+        extra = self._head.extra + headers
+        if connection.closing or connection.server.draining:
+            extra += self._close_line(connection)
+        token = heads.next_token()
+        connection.answered(self, b"%b%b%b\r\n" % (heads.lines(204, b"text/plain"), token, extra))
+
     def _close_line(self, connection: "HttpConnection") -> bytes:
         """The header line of the last answer on a connection; nothing for those before it."""
         if connection.exchanges[-1] is not self:
@@ -125,6 +139,8 @@ class Exchange(Waiter):
             return
         if self._pieces is not None and self._pieces.started:
             self._break_off()
+        elif isinstance(error, LoginRefused):
+            self.error(401, UNAUTHORIZED)
         elif isinstance(error, Unavailable):
             self.error(503, b"ERR %b" % str(error).encode(), RETRY_AFTER)
         elif isinstance(error, ReplyTimeout):
@@ -153,10 +169,9 @@ class Exchange(Waiter):
         stream = self._pieces.stream
         try:
             body = stream.feed(data)
-        except ProtocolError:
-            self._break_off()
         except Exception as error:
             self.bug(error)
+            self._abandon()
         else:
             if stream.status:
                 self._send(stream.status, body)

@@ -30,7 +30,9 @@ from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 MAX_PIPELINE_COMMANDS: Final = 1_000_000
 """Commands in one /pipeline or /multi-exec; the body limit is usually reached first."""
 MAX_UNKNOWN_NAMES: Final = 1024
-"""Names that a server did not know, remembered per instance."""
+"""Names that a server did not know, remembered by a worker; and names that one request may have it asked about."""
+NAMES_AT_ONCE: Final = 128
+"""Names in one COMMAND INFO."""
 UNKNOWN_NAME_SECONDS: Final = 10.0
 """How long such a name is remembered; a module may be loaded meanwhile."""
 MAX_LOGIN_FAILURES: Final = 5
@@ -44,9 +46,9 @@ _BODY_METHODS: Final = (b"POST", b"PUT")
 _COMMAND_METHODS: Final = (b"GET", b"POST", b"PUT", b"HEAD")
 _STREAMS: Final = (b"subscribe", b"psubscribe", b"monitor")
 _CORS_MAX_AGE: Final = b"86400"
-_CONTROL_PLANE: Final = (
-    b"login logout register reset dashboard admin auth api static metrics stats docs openapi.json".split()
-)
+_CONTROL_PLANE: Final = b"login logout register auth api static metrics stats docs openapi.json".split()
+_CONTROL_PLANE_PREFIXES: Final = (b"reset", b"invitations", b"dashboard", b"admin", b"health", b"docs")
+"""What begins with these is reserved too, longer names included."""
 
 log = logging.getLogger(__name__)
 
@@ -153,14 +155,14 @@ class Gateway:
             return
         # Of which instance, if the address names one; every path is a command there.
         reference: str | None = self._label(head) if self._host_suffix else None
-        special = argv[0] in self._special
+        special = argv[0] in self._special or (len(argv[0]) > 4 and argv[0].startswith(_CONTROL_PLANE_PREFIXES))
         if special and reference is None:
             if argv[0] == b"redis":
                 reference = argv[1].decode("utf-8", "replace") if len(argv) > 1 else ""
                 argv = argv[2:] or [b""]
                 special = argv[0] in self._special
-            elif argv[0] in self._reserved:
-                self._reserved[argv[0]](connection, method, target, head)
+            elif argv[0] in self._reserved or argv[0].startswith(_CONTROL_PLANE_PREFIXES):
+                self._reserved.get(argv[0], self._not_built)(connection, method, target, head)
                 return
             elif argv == [b""] and method not in _BODY_METHODS:
                 self._welcome(connection, method, head)
@@ -401,32 +403,43 @@ class Gateway:
         if checked.check(commands, self._is_unknown):
             send(checked)
         else:
-            self._later(connection, exchange, self._find_out(grant, commands, checked), lambda: send(checked))
+            self._later(connection, exchange, self._find_out(exchange, grant, commands, checked), lambda: send(checked))
 
-    async def _find_out(self, grant: Grant, commands: list[Argv], checked: "Checked") -> None:
+    async def _find_out(self, exchange: Exchange, grant: Grant, commands: list[Argv], checked: "Checked") -> None:
         instance, pool = grant.instance, grant.backend.pool
+        await self._learn(exchange, grant, commands)
         for index, argv in enumerate(commands):
             rule = grant.policy.rule(argv[0])
-            if rule is None:
-                await self._learn(grant, argv[0])
-            elif rule.script and rule.refusal is None and rule.check(argv).refusal is None:
+            if exchange.gone:
+                return
+            if rule is not None and rule.script and rule.refusal is None and rule.check(argv).refusal is None:
                 if instance.scripts.unsettled(argv):
                     checked.prepared[index] = await instance.scripts.prepare(
                         argv, instance.backend.pool.call, pool.call
                     )
         checked.check(commands, lambda instance_id, name: True)
 
-    async def _learn(self, grant: Grant, name: bytes) -> None:
+    async def _learn(self, exchange: Exchange, grant: Grant, commands: list[Argv]) -> None:
+        """Ask the server for the names that the table does not know, many at a time."""
         instance = grant.instance
-        key = (instance.id, name)
-        if self._is_unknown(*key):
-            return
-        reply = await grant.backend.pool.call(b"COMMAND", b"INFO", name)
-        entry = reply[0] if isinstance(reply, list) and reply else None
-        if entry is None or instance.table.learn(entry) is None or grant.policy.rule(name) is None:
-            while len(self._unknown) >= MAX_UNKNOWN_NAMES:
-                del self._unknown[next(iter(self._unknown))]
-            self._unknown[key] = time.monotonic() + UNKNOWN_NAME_SECONDS
+        names = dict.fromkeys(
+            argv[0]
+            for argv in commands
+            if grant.policy.rule(argv[0]) is None and not self._is_unknown(instance.id, argv[0])
+        )
+        # What a request has beyond the bound is unknown unasked: no server has as many commands.
+        asked = list(names)[:MAX_UNKNOWN_NAMES]
+        for at in range(0, len(asked), NAMES_AT_ONCE):
+            if exchange.gone:
+                return
+            some = asked[at : at + NAMES_AT_ONCE]
+            reply = await grant.backend.pool.call(b"COMMAND", b"INFO", *some)
+            entries = reply if isinstance(reply, list) and len(reply) == len(some) else [None] * len(some)
+            for name, entry in zip(some, entries, strict=True):
+                if entry is None or instance.table.learn(entry) is None or grant.policy.rule(name) is None:
+                    while len(self._unknown) >= MAX_UNKNOWN_NAMES:
+                        del self._unknown[next(iter(self._unknown))]
+                    self._unknown[instance.id, name] = time.monotonic() + UNKNOWN_NAME_SECONDS
 
     def _is_unknown(self, instance_id: str, name: bytes) -> bool:
         until = self._unknown.get((instance_id, name))
@@ -565,13 +578,11 @@ class Gateway:
         if not head.preflight or head.origin is None or b"Access-Control-Allow-Origin" not in head.extra:
             exchange.error(405, b"ERR method not allowed", ALLOW)
             return
-        exchange.respond(
-            204,
-            b"",
-            b"text/plain",
+        exchange.respond_without_content(
             b"Access-Control-Allow-Methods: GET, HEAD, POST, PUT\r\n"
-            b"Access-Control-Allow-Headers: Authorization, Content-Type, Upstash-Encoding, Upstash-Response-Format,"
-            b" Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform, Upstash-Telemetry-Runtime\r\n"
+            b"Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, Upstash-Encoding,"
+            b" Upstash-Response-Format, Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform,"
+            b" Upstash-Telemetry-Runtime\r\n"
             b"Access-Control-Max-Age: %b\r\n" % _CORS_MAX_AGE,
         )
 
