@@ -2,7 +2,7 @@
 
 import importlib
 
-from redisgate.config import INSTANCE_KEYS, SETTINGS, TOKEN_KEYS
+from redisgate.config import INSTANCE_KEYS, SETTINGS, SINGLE, TOKEN_KEYS, Setting
 
 # Bounds that are no settings: module, name, unit, what happens there.
 BOUNDS: tuple[tuple[str, str, str, str], ...] = (
@@ -19,6 +19,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("redisgate.worker", "BACKLOG", "connections", "wait to be accepted"),
     ("redisgate.gateway", "MAX_PIPELINE_COMMANDS", "commands", "in one /pipeline or /multi-exec, else 400"),
     ("redisgate.gateway", "MAX_UNKNOWN_NAMES", "names", "that a server did not know are remembered"),
+    ("redisgate.gateway", "NAMES_AT_ONCE", "names", "that a server is asked about in one COMMAND INFO"),
     ("redisgate.gateway", "MAX_LOGIN_FAILURES", "logins", "by ACL RESTTOKEN may fail per instance, then 429"),
     ("redisgate.gateway", "LOGIN_FAILURE_SECONDS", "s", "a failed login is remembered"),
     (
@@ -78,8 +79,16 @@ def reference_page() -> str:
         lines.append(f"| `{name}` | `{setting.flag}` | `{setting.variable}` | {shown} | {setting.help} |")
     lines += [
         "",
-        "One instance needs no file: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted,",
-        "`REDISGATE_READONLY_TOKEN`. The variables and the `tokens.json` of serverless-redis-http are understood too.",
+        "## One instance",
+        "",
+        "One instance needs no tables: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted,",
+        "`REDISGATE_READONLY_TOKEN` make one called `default`, beside those of the file. The two tokens have no flag,",
+        "because everybody on a machine sees the arguments of its processes. The variables and the `tokens.json` of",
+        "serverless-redis-http are understood too.",
+        "",
+        "| setting | flag | variable | meaning |",
+        "| --- | --- | --- | --- |",
+        *[_single_line(setting) for setting in SINGLE],
         "",
         "## `[[instances]]`",
         "",
@@ -105,6 +114,11 @@ def reference_page() -> str:
         lines.append(f"| `{name}` | {_readable(value, unit)} | {meaning} |")
     lines.append("")
     return "\n".join(lines)
+
+
+def _single_line(setting: Setting) -> str:
+    flag = "" if setting.secret else f"`{setting.flag}`"
+    return f"| `{setting.name}` | {flag} | `{setting.variable}` | {setting.help} |"
 
 
 def _readable(value: float, unit: str) -> str:
