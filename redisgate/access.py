@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,8 +70,8 @@ class Backend:
 
     @property
     def streaming(self) -> bool:
-        """Whether a stream has a connection."""
-        return self.subscriptions.connected or self.monitor.connected
+        """Whether a stream has a connection, or waits for one."""
+        return self.subscriptions.active or self.monitor.active
 
     def _close_streams(self) -> None:
         self.subscriptions.close()
@@ -93,7 +93,7 @@ class Backend:
 class Instance:
     """A Redis that tokens can name."""
 
-    __slots__ = ("_policies", "_users", "backend", "config", "id", "names", "scripts", "slug", "table")
+    __slots__ = ("_policies", "_users", "backend", "config", "id", "names", "over_capacity", "scripts", "slug", "table")
 
     def __init__(self, config: InstanceConfig, scripts: ScriptCache) -> None:
         self.config = config
@@ -101,6 +101,8 @@ class Instance:
         self.slug = config.slug
         # A host comes in lower case: there is no case in domain names.
         self.names = frozenset((config.id, config.slug, config.id.lower(), config.slug.lower()))
+        self.over_capacity = False
+        """Its server uses more memory than `config.capacity`, as last seen by `redisgate.capacity`."""
         self.table = bundled_table()
         self.scripts = InstanceScripts(scripts, config.id)
         self.backend = Backend(config.address, config)
@@ -125,6 +127,16 @@ class Instance:
         else:
             self._users.move_to_end((user, password))
         return backend
+
+    def needs_memory(self, argv: Sequence[bytes]) -> bool:
+        """Whether a command may make the data grow; of one that the table does not know: False."""
+        command = self.table.find(argv)
+        return command is not None and "denyoom" in command.flags
+
+    @property
+    def last_used(self) -> float:
+        """When a command was sent to it last, to a tenth of a second; monotonic."""
+        return max(backend.pool.last_used for backend in (self.backend, *self._users.values()))
 
     def renew_users(self) -> None:
         """Make users of their own log in again, so that a changed password or a deleted user takes effect."""

@@ -58,6 +58,8 @@ class InstanceConfig:
     command_timeout: float = 10.0
     stall_timeout: float = 10.0
     idle_timeout: float = 60.0
+    capacity: int | None = None
+    """Bytes of its server's used_memory beyond which what needs more memory is refused."""
 
 
 @dataclass(frozen=True)
@@ -233,13 +235,14 @@ INSTANCE_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tls_server_name": (text, "name the server's certificate must have"),
     "tls_verify": (boolean, "false: do not verify the server (only for tests)"),
     "pool_size": (count(2, 1000), f"connections per worker (default {_POOL.pool_size})"),
-    "max_waiting": (count(1, 10_000_000), f"commands waiting per worker, then 503 (default {_POOL.max_waiting})"),
+    "max_waiting": (count(1, 10_000_000), f"requests waiting per worker, then 503 (default {_POOL.max_waiting})"),
     "connect_timeout": (duration, f"seconds (default {_POOL.connect_timeout:g})"),
     "command_timeout": (duration, f"seconds, then 504 (default {_POOL.command_timeout:g})"),
     "stall_timeout": (
         duration,
         f"seconds of silence after a 504 before the connection is closed (default {_POOL.stall_timeout:g})",
     ),
+    "capacity": (size, "of the server's used_memory; beyond it commands that need more are refused (scripts are not)"),
     "idle_timeout": (duration, f"seconds before unused connections are closed (default {_POOL.idle_timeout:g})"),
 }
 TOKEN_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {

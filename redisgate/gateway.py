@@ -15,7 +15,7 @@ from typing import Any, Final
 import redisgate
 from redisgate.access import AccessTable, Backend, Grant, Instance
 from redisgate.config import Settings
-from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
+from redisgate.exchange import RETRY_AFTER, UNAUTHORIZED, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
 from redisgate.http_protocol import ALLOW, HttpConnection
 from redisgate.policy import Rule
@@ -29,6 +29,8 @@ from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 
 MAX_PIPELINE_COMMANDS: Final = 1_000_000
 """Commands in one /pipeline or /multi-exec; the body limit is usually reached first."""
+LONG_PIPELINE_COMMANDS: Final = 1_000
+"""Commands in one request above which it goes by the slow lane, so that others need not wait for all its replies."""
 MAX_UNKNOWN_NAMES: Final = 1024
 """Names that a server did not know, remembered by a worker; and names that one request may have it asked about."""
 NAMES_AT_ONCE: Final = 128
@@ -39,9 +41,9 @@ MAX_LOGIN_FAILURES: Final = 5
 """Failed ACL RESTTOKEN commands per instance within `LOGIN_FAILURE_SECONDS`."""
 LOGIN_FAILURE_SECONDS: Final = 30.0
 
+OVER_CAPACITY: Final = b"ERR DB capacity quota exceeded"
 QUESTION: Final = 0x3F  # b"?"; see `redisgate.requests.PERCENT`
 
-_UNAUTHORIZED: Final = b"WRONGPASS invalid or missing auth token"
 _BODY_METHODS: Final = (b"POST", b"PUT")
 _COMMAND_METHODS: Final = (b"GET", b"POST", b"PUT", b"HEAD")
 _STREAMS: Final = (b"subscribe", b"psubscribe", b"monitor")
@@ -173,7 +175,7 @@ class Gateway:
             or (grant.expires is not None and time.time() >= grant.expires)
             or (reference is not None and not grant.names(reference))
         ):
-            Exchange(connection, head, method).error(401, _UNAUTHORIZED)
+            Exchange(connection, head, method).error(401, UNAUTHORIZED)
             return
         if head.problem is not None and argv[0] not in _STREAMS:
             exchange = Exchange(connection, head, method)
@@ -214,6 +216,10 @@ class Gateway:
         if grant.limiter is not None and self._over_limit(exchange, grant, 1):
             return
         rule = grant.policy.rule(argv[0])
+        if grant.instance.over_capacity and rule is not None and rule.refusal is None:
+            if grant.instance.needs_memory(argv):
+                exchange.error(400, OVER_CAPACITY)
+                return
         if rule is not None and rule.plain:
             self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
         elif rule is not None and rule.refusal is not None:
@@ -312,7 +318,8 @@ class Gateway:
             exchange.reply(b"", 0)
             return
         payload = b"".join([encode_command(argv) for argv in commands])
-        self._submit(connection, exchange, payload, grant.backend, checked.slow)
+        slow = checked.slow or len(commands) > LONG_PIPELINE_COMMANDS
+        self._submit(connection, exchange, payload, grant.backend, slow)
 
     def _transaction(
         self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
@@ -364,7 +371,8 @@ class Gateway:
         commands.append([b"EXEC"])
         exchange.count = len(commands)
         payload = b"".join([encode_command(argv) for argv in commands])
-        self._submit(connection, exchange, payload, grant.backend, checked.slow)
+        slow = checked.slow or len(checked.outcomes) > LONG_PIPELINE_COMMANDS
+        self._submit(connection, exchange, payload, grant.backend, slow)
 
     @staticmethod
     async def _learn_transactions(backend: Backend) -> None:
@@ -460,7 +468,7 @@ class Gateway:
                 await work
             except RespError as error:
                 # Whatever was asked on the way, the client's own command was not sent.
-                exchange.failed(Unavailable(str(error)))
+                exchange.failed(error if isinstance(error, Unavailable) else Unavailable(str(error)))
             except Exception as error:
                 exchange.bug(error)
             if exchange.gone:
@@ -628,6 +636,7 @@ class Checked:
         """Decide each command. False: the server has to be asked something first; call again afterwards."""
         grant = self._grant
         rule_of = grant.policy.rule
+        over_capacity = grant.instance.over_capacity
         outcomes: list[Argv | bytes] = []
         slow = False
         for index, argv in enumerate(commands):
@@ -636,6 +645,8 @@ class Checked:
                 if not is_unknown(grant.instance.id, argv[0]):
                     return False
                 outcomes.append(unknown_command(argv))
+            elif over_capacity and rule.refusal is None and grant.instance.needs_memory(argv):
+                outcomes.append(b"-%b\r\n" % OVER_CAPACITY)
             elif rule.plain:
                 slow = slow or rule.slow
                 outcomes.append(argv)

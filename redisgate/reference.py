@@ -29,6 +29,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
         "per instance for tokens' Redis users; the longest unused closes",
     ),
     ("redisgate.worker", "RENEW_USERS_SECONDS", "s", "between new logins of those users"),
+    ("redisgate.capacity", "SAMPLE_SECONDS", "s", "between looks at the memory of a server with a capacity"),
     ("redisgate.policy", "MAX_REMEMBERED_NAMES", "spellings", "of commands are remembered per scope"),
     ("redisgate.policy", "MAX_NAME_BYTES", "bytes", "longest name of a command, else 400"),
     ("redisgate.policy", "MAX_FAST_ELEMENTS", "elements", "asked for at once before a command takes the slow lane"),

@@ -11,6 +11,7 @@ import socket
 import uvloop
 
 from redisgate.access import AccessTable, Grant, Instance, token_digest
+from redisgate.capacity import CapacityWatch
 from redisgate.config import Settings
 from redisgate.gateway import Gateway
 from redisgate.http_protocol import HttpServer
@@ -65,6 +66,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     http.start()
     heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
     heartbeat.start()
+    capacity = CapacityWatch(access.instances.values())
+    capacity.start()
 
     def renew_users() -> None:
         access.renew_users()
@@ -87,6 +90,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     if left:
         log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
     heartbeat.stop()
+    capacity.stop()
     access.abort()
     await asyncio.sleep(0)  # transports close in the next turn of the loop
 

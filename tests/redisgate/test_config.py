@@ -39,6 +39,7 @@ SINGLE_VALUES: dict[str, tuple[Any, str, str]] = {  # as in OTHER_VALUES
     "redis_command_timeout": ("1s", "2s", "3s"),
     "redis_stall_timeout": ("1s", "2s", "3s"),
     "redis_idle_timeout": ("1s", "2s", "3s"),
+    "redis_capacity": ("1MiB", "2MiB", "3MiB"),
     "redis_tls_ca_file": ("a", "b", "c"),
     "redis_tls_cert_file": ("a", "b", "c"),
     "redis_tls_key_file": ("a", "b", "c"),
