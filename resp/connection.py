@@ -164,7 +164,7 @@ class Connection:
         self._transport: asyncio.Transport | None = None
         self._waiters: deque[Waiter] = deque()
         self.state = State.CONNECTING
-        self.pending = 0  # replies owed to waiters
+        self.pending = 0  # waiters, tombstones included
         self.transactions = False  # whether MULTI and EXEC are permitted
         self.last_received = 0.0
         # Sending.
@@ -185,7 +185,7 @@ class Connection:
     def send(self, payload: bytes, waiter: Waiter) -> None:
         """Send `waiter.count` encoded commands with the others of this turn of the loop."""
         self._waiters.append(waiter)
-        self.pending += waiter.count
+        self.pending += 1
         self._out.append(payload)
         if not self._flush_scheduled:
             self._flush_scheduled = True
@@ -271,6 +271,8 @@ class Connection:
             end = scanner.scan(data, position, partial_bulks=True)
             if end > position:
                 waiter.stream_data(data[position:end])
+            if self.state is State.CLOSED:  # nobody wants the rest
+                return len(data)
             if scanner.done:
                 self._end_stream()
             return end
@@ -280,7 +282,7 @@ class Connection:
         if scanner.done:
             self._scanning = 0
             self._waiters.popleft()
-            self.pending -= waiter.count
+            self.pending -= 1
             waiter.reply(data[position:end], scanner.depth)
             return end
         if len(data) - position > STREAM_THRESHOLD_BYTES or end - position + scanner.announced > STREAM_THRESHOLD_BYTES:
@@ -294,13 +296,15 @@ class Connection:
         self._retire()
         self._scanner.restart(waiter.count)
         waiter.stream_started(self)
+        if self.state is State.CLOSED:  # the client has gone already, and nobody else waits
+            return len(data)
         # A new scan from the start: what was consumed so far was not passed on, and bodies may now be cut.
         return self._scan(self._waiters[0], data, position)
 
     def _end_stream(self) -> None:
         self._streaming = False
         waiter = self._waiters.popleft()
-        self.pending -= waiter.count
+        self.pending -= 1
         self.resume_reading()
         waiter.stream_ended()
 
@@ -336,10 +340,8 @@ class Connection:
         if not waiters:
             return
         if self.paused_since:
-            if len(waiters) > 1 and now - self.paused_since > STALLED_READER_SECONDS:
-                reader = waiters[0]
-                self.abandon(reader)
-                reader.failed(ReplyLost("the reader is too slow for those who wait behind it"))
+            if len(waiters) > 1 and self.stalled(now):
+                self.evict_reader()
             return
         overdue = 0
         for waiter in waiters:
@@ -355,6 +357,16 @@ class Connection:
                 waiter.failed(ReplyTimeout("no reply in time"))
         if overdue and now - max(self.last_received, self.overdue_since) > stall_timeout:
             self.close(ReplyLost("the instance has gone silent"))
+
+    def stalled(self, now: float) -> bool:
+        """Whether the reader of a streamed reply has taken nothing for `STALLED_READER_SECONDS`."""
+        return bool(self.paused_since) and now - self.paused_since > STALLED_READER_SECONDS
+
+    def evict_reader(self) -> None:
+        """Give up the reply that is being streamed, for the sake of those who wait."""
+        reader = self._waiters[0]
+        self.abandon(reader)
+        reader.failed(ReplyLost("the reader is too slow for those who wait behind it"))
 
     # State
 
@@ -400,11 +412,6 @@ class Connection:
             waiter.failed(error)
         for waiter in waiters[written:]:
             waiter.failed(Unavailable("the connection to the instance was lost before the command was sent"))
-
-    @property
-    def waiting(self) -> int:
-        """Waiters, tombstones included."""
-        return len(self._waiters)
 
     def waiters(self) -> Iterator[Waiter]:
         """Who waits, in order."""
