@@ -8,10 +8,10 @@ import asyncio
 import re
 from typing import TYPE_CHECKING
 
-from redisgate.exchange import RETRY_AFTER, Exchange, Pieces
+from redisgate.exchange import RETRY_AFTER, UNAUTHORIZED, Exchange, Pieces
 from redisgate.http_head import Head
 from redisgate.replies import JSON
-from resp.errors import RespError, Unavailable
+from resp.errors import LoginRefused, RespError, Unavailable
 from resp.monitor import MonitorHub
 from resp.subscriptions import Message, SubscriptionHub
 
@@ -109,7 +109,9 @@ class StreamExchange(Exchange):
             connection = self._connection
             connection.server.streams.discard(self)
             connection.release()  # an error is an ordinary answer; requests may follow it
-            if isinstance(error, Unavailable) and str(error).startswith("NOPERM"):
+            if isinstance(error, LoginRefused):
+                self.error(401, UNAUTHORIZED)
+            elif isinstance(error, Unavailable) and str(error).startswith("NOPERM"):
                 self.error(400, str(error).encode())
             else:
                 self.error(503, b"ERR " + str(error).encode(), RETRY_AFTER)

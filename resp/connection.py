@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 
 from resp.address import Address
 from resp.encoder import encode_commands
-from resp.errors import ConnectFailed, ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
+from resp.errors import ConnectFailed, LoginRefused, ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
 from resp.parser import ErrorReply, Parser
 from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner
 
@@ -443,12 +443,20 @@ async def connect(
         raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
         connection.close(ReplyLost("connect failed"))
-        raise ConnectFailed(f"cannot use {address.display}: {error}", error) from error
+        raise connect_failed(address, error) from error
     except BaseException:
         connection.close(ReplyLost("connect was given up"))
         raise
     connection.state = State.READY
     return connection
+
+
+def connect_failed(address: Address, error: Exception) -> ConnectFailed:
+    """What to raise where connecting and logging in ended in `error`."""
+    detail = f"cannot use {address.display}: {error}"
+    if address.delegated and str(error).startswith("AUTH was refused: WRONGPASS"):
+        return LoginRefused(detail, error)
+    return ConnectFailed(detail, error)
 
 
 async def open_transport(loop: asyncio.AbstractEventLoop, factory: Callable[[], Any], address: Address) -> None:
