@@ -355,6 +355,14 @@ def test_a_reply_nested_too_deep_is_an_error_for_its_command_alone(client: Clien
     pipeline = client.post("/pipeline", [["ECHO", "a"], ["EVAL", script % 7000, 0], ["ECHO", "b"]]).json()
     assert pipeline[0] == {"result": "a"}
     assert "nests deeper" in pipeline[1]["error"]
+    # One that is too large to be held is streamed, however deep.
+    large = "local t={string.rep('x',400000)} for i=2,tonumber(ARGV[1]) do t={t} end return t"
+    response = client.command("EVAL", large, 0, 2000)
+    assert response.status == 200
+    assert response.body == b'{"result":' + b"[" * 2000 + b'"' + b"x" * 400_000 + b'"' + b"]" * 2000 + b"}"
+    body = client.post("/pipeline", [["ECHO", "a"], ["EVAL", large, 0, 2000], ["ECHO", "b"]]).body
+    assert body.startswith(b'[{"result":"a"},{"result":[[')
+    assert body.endswith(b']]},{"result":"b"}]')
     assert pipeline[2] == {"result": "b"}
     assert client.command("EVAL", script % 7000, 0).status == 400
     assert client.command("EVAL", script % 900, 0).body == b'{"result":' + b"[" * 901 + b"]" * 901 + b"}"
