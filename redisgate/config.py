@@ -95,6 +95,8 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     log_level: str = "info"
     log_format: str = "text"
+    access_log: str = "errors"
+    slow_request: float = 1.0
     limits: Limits = Limits()
     instances: tuple[InstanceConfig, ...] = ()
     tokens: tuple[TokenConfig, ...] = ()
@@ -207,6 +209,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("cors_origins", names, (), "origins that browsers may call from, or *"),
     Setting("log_level", choice("debug", "info", "warning", "error"), "info", "what is logged"),
     Setting("log_format", choice("text", "json"), "text", "how it is logged"),
+    Setting(
+        "access_log", choice("off", "errors", "all"), "errors", "requests that are logged; errors: and slow ones too"
+    ),
+    Setting("slow_request", duration, 1.0, "a request that waits longer for Redis is logged"),
     _limit("max_target_bytes", size, "longest request target, else 414"),
     _limit("max_header_bytes", size, "largest header block, else 431"),
     _limit("max_body_bytes", size, "largest request body, else 413"),

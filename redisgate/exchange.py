@@ -42,13 +42,15 @@ class Exchange(Waiter):
     endless = False
     """The answer goes on until the client leaves."""
 
-    __slots__ = ("_connection", "_head", "_method", "_pieces", "rendering", "waiting_payload")
+    __slots__ = ("_connection", "_head", "_method", "_pieces", "rendering", "target", "waiting_payload")
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes) -> None:
         self.count = 1
         self._connection: HttpConnection | None = connection  # None: answered, or the client has gone
         self._head = head
         self._method = method
+        self.target = connection.target
+        """Of the request, as it came; not for any log without `redisgate.logs.safe_target`."""
         self.rendering: Rendering = head.rendering
         self.waiting_payload: bytes | None = None  # a response whose turn has not come
         self._pieces: Pieces | None = None  # of a response that leaves in pieces
@@ -74,6 +76,8 @@ class Exchange(Waiter):
         lines = heads.ok_lines.get(content_type) if status == 200 else None
         if lines is None:
             lines = heads.lines(status, content_type)
+            if server.access_log is not None:
+                server.access_log.answered(self, status)
         connection.answered(self, b"".join((lines, token, extra, length_line(length), body)))
 
     def respond_without_content(self, headers: bytes) -> None:
@@ -82,6 +86,8 @@ class Exchange(Waiter):
         if connection is None:
             return
         self._connection = None
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, 204)
         heads = connection.server.heads
         extra = self._head.extra + headers
         if connection.closing or connection.server.draining:
@@ -108,6 +114,22 @@ class Exchange(Waiter):
             self._break_off()
         else:
             self.error(500, b"ERR internal error, reference %b; it is in the log" % reference.encode())
+
+    def slow(self, seconds: float) -> None:
+        connection = self._connection
+        if connection is not None and connection.server.access_log is not None:
+            connection.server.access_log.slow(self, seconds)
+
+    @property
+    def method(self) -> bytes:
+        """The request's."""
+        return self._method
+
+    @property
+    def instance_id(self) -> str | None:
+        """Of the instance that the token in the header names, if there is one."""
+        grant = self._head.grant
+        return grant.instance.id if grant is not None else None
 
     @property
     def gone(self) -> bool:
@@ -216,6 +238,8 @@ class Exchange(Waiter):
             pieces.redis.resume_reading()
 
     def _stream_head(self, connection: "HttpConnection", status: int) -> bytes:
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, status)
         if self._head.version == b"HTTP/1.1":
             framing = b"Transfer-Encoding: chunked\r\n"
             if connection.closing or connection.server.draining:
@@ -258,6 +282,10 @@ class Exchange(Waiter):
 
     def client_gone(self) -> None:
         """The connection is closed."""
+        connection = self._connection
+        if connection is not None and connection.server.access_log is not None:
+            if self._pieces is None or not self._pieces.started:
+                connection.server.access_log.answered(self, 499)
         self._abandon()
 
     def drain(self) -> None:

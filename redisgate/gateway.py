@@ -139,6 +139,7 @@ class Gateway:
 
     def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes) -> None:
         """Dispatch one whole request; it is answered through the exchange that is made for it."""
+        connection.target = target
         if head.revision != self._access.revision:
             self._authorize(head)
         grant: Grant | None = head.grant

@@ -77,6 +77,16 @@ class Handler(Protocol):
         """Dispatch one whole request; it is answered through the exchange that is made for it."""
 
 
+class AccessLog(Protocol):
+    """Who hears of requests that are slow or fail: `redisgate.access_log`."""
+
+    def slow(self, exchange: "Exchange", seconds: float) -> None:
+        """It has waited for so long for Redis, and waits on."""
+
+    def answered(self, exchange: "Exchange", status: int) -> None:
+        """It is being answered; called for every status but 200, and for some of those. 499: its client has left."""
+
+
 class HttpServer:
     """What the HTTP connections of one worker share."""
 
@@ -84,6 +94,7 @@ class HttpServer:
         self.gateway = gateway
         self.limits = limits
         self.heads = heads
+        self.access_log: AccessLog | None = None
         self.connections: set[HttpConnection] = set()
         self.streams: set[StreamExchange] = set()
         self.draining = False
@@ -177,6 +188,7 @@ class HttpConnection:
         "on_writable",
         "route",
         "server",
+        "target",
         "transport",
         "write_paused",
     )
@@ -186,6 +198,7 @@ class HttpConnection:
         self.transport: asyncio.Transport  # from connection_made on
         self.exchanges: deque[Exchange] = deque()
         self.deadline = _NEVER
+        self.target = b""  # of the last request
         self.route: object = None  # the Redis connection that the requests under way went to
         # Per request
         self._head: Head | None = None  # of the last request
@@ -527,6 +540,7 @@ class HttpConnection:
         """Answer what cannot be framed, and take nothing more."""
         from redisgate.exchange import Exchange
 
+        self.target = b""
         self.closing = True
         self._forget_body()
         self._tail = b""

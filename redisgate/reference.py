@@ -46,6 +46,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("redisgate.logs", "MAX_WAITING_LINES", "lines", "wait for standard error; more are dropped and counted"),
     ("redisgate.logs", "MAX_LINE_BYTES", "bytes", "of one log line; the rest is cut off"),
     ("resp.pool", "MAX_QUEUED_BYTES", "bytes", "of commands wait per instance and worker, then 503"),
+    ("resp.pool", "MAX_SLOW_WAITERS", "requests", "of one connection are looked at for the log of slow ones at a time"),
     ("resp.pool", "MAX_BACKOFF_SECONDS", "s", "longest pause before a Redis that is away is tried again"),
     ("resp.connection", "MAX_UNSENT_BYTES", "bytes", "that Redis has not taken on one connection, then 503"),
     ("resp.connection", "STREAM_THRESHOLD_BYTES", "bytes", "larger replies are passed on while they arrive"),

@@ -73,6 +73,8 @@ class StreamExchange(Exchange):
         assert connection is not None
         if self._method != b"HEAD" or not self._head.keep_alive:
             connection.closing = True
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, 200)
         return b"%b%b%b%b%b\r\n" % (
             connection.server.heads.start(200, b"text/event-stream"),
             self._head.extra,

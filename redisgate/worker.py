@@ -11,6 +11,7 @@ import socket
 import uvloop
 
 from redisgate.access import AccessTable, Grant, Instance, token_digest
+from redisgate.access_log import AccessLog, FullAccessLog
 from redisgate.capacity import CapacityWatch
 from redisgate.config import Settings
 from redisgate.gateway import Gateway
@@ -53,6 +54,21 @@ def build_access(settings: Settings, tokens: RestTokens, shared: SharedState, in
     return access
 
 
+def make_http_server(gateway: Gateway, settings: Settings) -> HttpServer:
+    """The HTTP server, with the access log that the settings want."""
+    process = secrets.token_hex(6).encode()
+    if settings.access_log == "all":
+        # All answers leave the short way, so that the log hears of each.
+        full = FullAccessLog(gateway)
+        http = HttpServer(full, settings.limits, ResponseHeads(process, remember=False))
+        http.access_log = full
+        return http
+    http = HttpServer(gateway, settings.limits, ResponseHeads(process))
+    if settings.access_log == "errors":
+        http.access_log = AccessLog(settings.slow_request)
+    return http
+
+
 async def serve(settings: Settings, sock: socket.socket, index: int, shared: SharedState, ready_fd: int) -> None:
     """Serve on a bound socket until SIGTERM; then answer what is under way, for `drain_timeout` seconds at most."""
     loop = asyncio.get_running_loop()
@@ -62,7 +78,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     tokens = RestTokens(settings.secret_key)
     access = build_access(settings, tokens, shared, index)
     gateway = Gateway(settings, access, tokens)
-    http = HttpServer(gateway, settings.limits, ResponseHeads(secrets.token_hex(6).encode()))
+    http = make_http_server(gateway, settings)
     http.start()
     heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
     heartbeat.start()

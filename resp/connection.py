@@ -66,6 +66,9 @@ class Waiter:
         """No (further) reply will come; `error` says whether the command may have run."""
         raise NotImplementedError
 
+    def slow(self, seconds: float) -> None:
+        """It has waited for so long already; called now and then for those that wait longest."""
+
 
 class Tombstone(Waiter):
     """Keeps the place of a waiter that gave up, so that the replies behind it find theirs."""

@@ -12,6 +12,8 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from resp.address import Address
@@ -28,6 +30,10 @@ TICK_SECONDS = 0.1
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 0.5
 """After a failed connect, commands are refused for this long at the most before the next attempt."""
+SLOW_SECONDS = 0.2
+"""Waiters are told of it once they wait for longer."""
+MAX_SLOW_WAITERS = 100
+"""As many per connection and tick."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """Encoded commands that wait for a lane's connection."""
 
@@ -251,7 +257,9 @@ class Pool:
             self._last_used = now
         for connection in [*self._fast.connections, *self._slow.connections, *self._draining]:
             connection.tick(now, self._stall_timeout)
+            self._tell_slow(connection.waiters(), now)
         for lane in (self._fast, self._slow):
+            self._tell_slow((waiter for _, waiter in lane.queue), now)
             if not lane.connecting:
                 self._grow(lane)
                 while lane.queue and lane.queue[0][1].deadline <= now:
@@ -264,6 +272,14 @@ class Pool:
                     connection.retire()
         if self._count():
             self._arm()
+
+    def _tell_slow(self, waiters: Iterable[Waiter], now: float) -> None:
+        sent = now + self.command_timeout  # a deadline is so much later than what it began with
+        for waiter in [*islice(waiters, MAX_SLOW_WAITERS)]:
+            seconds = sent - waiter.deadline
+            if seconds < SLOW_SECONDS:
+                break
+            waiter.slow(seconds)
 
     # Off the straight line
 

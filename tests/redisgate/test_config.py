@@ -120,6 +120,7 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     "cors_origins": (["https://a"], "https://b, https://c", "*"),
     "log_level": ("debug", "warning", "error"),
     "log_format": ("json", "text", "json"),
+    "access_log": ("off", "all", "errors"),
 }
 
 
