@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import redisgate
-from resp.connection import STREAM_THRESHOLD_BYTES, Connection, FutureWaiter, State, Waiter
-from resp.encoder import encode_command
-from resp.errors import ReplyLost, RespError
+from resp.connection import STREAM_THRESHOLD_BYTES, Connection, FutureWaiter
+from resp.errors import ReplyLost
 
 
 class FakeTransport:
@@ -28,12 +26,6 @@ class FakeTransport:
 
     def abort(self) -> None:
         self.closed = True
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
 
 
 def bulk(body: bytes) -> bytes:
@@ -121,39 +113,3 @@ async def test_what_was_begun_is_gone_with_the_connection() -> None:
     connection.connection_lost(None)
     assert isinstance(future.exception(), ReplyLost)
     assert connection.pending == 0
-
-
-@pytest.mark.skipif(redisgate.build_form() == "compiled", reason="compiled classes take no subclass from outside")
-@pytest.mark.parametrize("leaves_at", ["start", "end"])
-async def test_a_waiter_may_leave_while_it_hears_of_a_large_reply(leaves_at: str) -> None:
-    class Leaver(Waiter):
-        """Wants nothing any more as soon as it hears of its reply: at its start, or with its last piece."""
-
-        def __init__(self, leaves_at: str) -> None:
-            self.count = 1
-            self.deadline = float("inf")
-            self._leaves_at = leaves_at
-            self._connection: Connection
-
-        def stream_started(self, connection: Connection) -> None:
-            self._connection = connection
-            if self._leaves_at == "start":
-                connection.abandon(self)
-
-        def stream_data(self, data: bytes) -> None:
-            if self._leaves_at == "end" and data.endswith(b"\r\n"):
-                self._connection.abandon(self)
-
-        def stream_ended(self) -> None:
-            raise AssertionError("it has left")
-
-        def failed(self, error: RespError) -> None:
-            raise AssertionError("it has left")
-
-    connection = Connection(asyncio.get_running_loop(), lambda connection: None)
-    connection.connection_made(FakeTransport())  # type: ignore[arg-type]
-    connection.state = State.READY
-    connection.send(encode_command([b"GET", b"large"]), Leaver(leaves_at))
-    connection.data_received(b"$300000\r\n" + b"x" * 290_000)
-    connection.data_received(b"x" * 10_000 + b"\r\n")
-    assert connection.state is State.CLOSED
