@@ -10,6 +10,7 @@ depends on the request (several instances, networks, where the credential
 stood) is a `Keyring`, from which `AccessTable.resolve` takes a grant.
 """
 
+import asyncio
 import hashlib
 import time
 from collections import OrderedDict
@@ -19,10 +20,13 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Any, Protocol
 
 from redisgate.config import InstanceConfig
+from redisgate.exchange import UNAUTHORIZED_LINE
 from redisgate.policy import Policy, Scope
 from redisgate.scripts import InstanceScripts, ScriptCache
 from resp.address import Address
 from resp.commands import bundled_table
+from resp.connection import connect
+from resp.errors import ConnectFailed, LoginRefused, ReplyLost
 from resp.monitor import MonitorHub
 from resp.pool import Pool
 from resp.subscriptions import SubscriptionHub
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 IpAddress = IPv4Address | IPv6Address
 IpNetwork = IPv4Network | IPv6Network
 
+LOGIN_TEST_SECONDS = 10.0
+"""For the login of a user whose streams are open."""
 MAX_USER_POOLS = 64
 """Pools per instance for tokens that act as a Redis user of their own; beyond it the longest unused is closed."""
 MAX_REFERENCES = 1024
@@ -45,9 +51,11 @@ GUARDED = 0.0
 class Backend:
     """One instance as one Redis user: its connections, streams and scripts."""
 
-    __slots__ = ("monitor", "pool", "subscriptions")
+    __slots__ = ("_address", "_login_test", "monitor", "pool", "subscriptions")
 
     def __init__(self, address: Address, config: InstanceConfig) -> None:
+        self._address = address
+        self._login_test: asyncio.Task[None] | None = None
         self.pool = Pool(
             address,
             size=config.pool_size,
@@ -60,11 +68,39 @@ class Backend:
         self.subscriptions = SubscriptionHub(address, connect_timeout=config.connect_timeout)
         self.monitor = MonitorHub(address, connect_timeout=config.connect_timeout)
 
+    def renew(self) -> None:
+        """Let commands log in anew; streams go on unless the login is refused."""
+        self.pool.renew()
+        if self.streaming and self._login_test is None:
+            self._login_test = asyncio.get_running_loop().create_task(self._test_login())
+
+    async def _test_login(self) -> None:
+        try:
+            connection = await connect(self._address, timeout=LOGIN_TEST_SECONDS)
+        except LoginRefused:
+            self._close_streams()
+        except ConnectFailed:
+            pass  # says nothing about the login; streams notice for themselves when Redis is gone
+        else:
+            connection.close(ReplyLost("done"))
+        finally:
+            self._login_test = None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a stream has a connection, or waits for one."""
+        return self.subscriptions.active or self.monitor.active
+
+    def _close_streams(self) -> None:
+        self.subscriptions.close()
+        self.monitor.close()
+
     def close(self) -> None:
         """Admit nothing new; connections close after their last reply."""
         self.pool.close()
-        self.subscriptions.close()
-        self.monitor.close()
+        self._close_streams()
+        if self._login_test is not None:
+            self._login_test.cancel()
 
     def abort(self) -> None:
         """Close every connection now."""
@@ -75,7 +111,19 @@ class Backend:
 class Instance:
     """A Redis that tokens can name."""
 
-    __slots__ = ("_policies", "_users", "backend", "config", "id", "label", "scripts", "slug", "table")
+    __slots__ = (
+        "_policies",
+        "_users",
+        "backend",
+        "config",
+        "id",
+        "label",
+        "names",
+        "over_capacity",
+        "scripts",
+        "slug",
+        "table",
+    )
 
     def __init__(self, config: InstanceConfig, scripts: ScriptCache, *, label: str | None = None) -> None:
         """`label` names it under the base domain; by default the slug does."""
@@ -83,6 +131,11 @@ class Instance:
         self.id = config.id
         self.slug = config.slug
         self.label = config.slug if label is None else label
+        # A host comes in lower case: there is no case in domain names.
+        names = (config.id, config.slug, self.label)
+        self.names = frozenset((*names, *(name.lower() for name in names)))
+        self.over_capacity = False
+        """Its server uses more memory than `config.capacity`, as last seen by `redisgate.capacity`."""
         self.table = bundled_table()
         self.scripts = InstanceScripts(scripts, config.id)
         self.backend = Backend(config.address, config)
@@ -108,10 +161,24 @@ class Instance:
             self._users.move_to_end((user, password))
         return backend
 
+    def needs_memory(self, argv: Sequence[bytes]) -> bool:
+        """Whether a command may make the data grow; of one that the table does not know: False."""
+        command = self.table.find(argv)
+        return command is not None and "denyoom" in command.flags
+
+    @property
+    def last_used(self) -> float:
+        """When a command was sent to it last, to a tenth of a second; monotonic."""
+        return max(backend.pool.last_used for backend in (self.backend, *self._users.values()))
+
     def renew_users(self) -> None:
         """Make users of their own log in again, so that a changed password or a deleted user takes effect."""
-        while self._users:
-            self._users.popitem()[1].close()
+        for login, backend in list(self._users.items()):
+            if backend.streaming or backend.pool.connection_count:
+                backend.renew()
+            else:
+                del self._users[login]
+                backend.close()
 
     def close(self) -> None:
         """Admit nothing new; connections close after their last reply."""
@@ -167,14 +234,14 @@ class Refusal:
     headers: bytes = b""
 
 
-UNAUTHORIZED = Refusal(401, b"WRONGPASS invalid or missing auth token")
+UNAUTHORIZED = Refusal(401, UNAUTHORIZED_LINE)
 WRONG_NETWORK = Refusal(403, b"NOPERM this token may not be used from this address")
 
 
 class Grant:
     """What one credential may do."""
 
-    __slots__ = ("expires", "instance", "limiter", "name", "policy", "user")
+    __slots__ = ("expires", "full", "instance", "limiter", "name", "policy", "user")
 
     def __init__(
         self,
@@ -193,6 +260,8 @@ class Grant:
         self.expires = expires
         self.limiter = limiter
         self.user = user
+        self.full = scope == Scope() and expires is None and limiter is None and user is None
+        """Whether nothing is kept from it."""
 
     @property
     def backend(self) -> Backend:
@@ -203,8 +272,7 @@ class Grant:
 
     def names(self, reference: str) -> bool:
         """Whether its instance has this id, slug or label."""
-        instance = self.instance
-        return reference == instance.id or reference == instance.slug or reference == instance.label
+        return reference in self.instance.names
 
 
 class Keyring(Grant):

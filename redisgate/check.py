@@ -46,7 +46,7 @@ def run_check(settings: Settings, control: Callable[[Settings], tuple[list[str],
             report.ok(text)
         for text, cure in wrong:
             report.wrong(text, cure)
-    results = asyncio.run(_look_at_all(settings.instances))
+    results, logins = asyncio.run(_look_at_all(settings))
     servers: dict[str, list[str]] = {}
     for instance, result in zip(settings.instances, results, strict=True):
         print(f"instance {instance.id} ({instance.address.display})")
@@ -62,14 +62,44 @@ def run_check(settings: Settings, control: Callable[[Settings], tuple[list[str],
             print(f"instances {', '.join(together)}")
             report.note("share one Redis server: scripts and server-wide commands such as FLUSHALL reach all of them;")
             report.note("treat them as one trust domain, or give each a server of its own")
-    for token in settings.tokens:
-        _look_at_token(report, token)
+    used = {token.instance for token in settings.tokens}
+    for instance in settings.instances:
+        if instance.id not in used:
+            print(f"instance {instance.id}")
+            if settings.tokens:
+                report.note("no token names it")
+            else:
+                report.wrong(
+                    "there is no token, so every command will be answered 401", "add one to the file: [[tokens]]"
+                )
+    for token, failure in zip(settings.tokens, logins, strict=True):
+        _look_at_token(report, token, failure)
     print("Something has to be mended." if report.failed else "All is well.")
     return int(report.failed)
 
 
-async def _look_at_all(instances: tuple[InstanceConfig, ...]) -> list[dict[str, Any] | ConnectFailed]:
-    return await asyncio.gather(*(_look_at(instance) for instance in instances))
+async def _look_at_all(
+    settings: Settings,
+) -> tuple[list[dict[str, Any] | ConnectFailed], list[ConnectFailed | None]]:
+    """What is known of each instance, and why the login of each token's user failed, if it did."""
+    instances = {instance.id: instance for instance in settings.instances}
+    results, logins = await asyncio.gather(
+        asyncio.gather(*(_look_at(instance) for instance in settings.instances)),
+        asyncio.gather(*(_log_in(instances[token.instance], token) for token in settings.tokens)),
+    )
+    return results, logins
+
+
+async def _log_in(instance: InstanceConfig, token: TokenConfig) -> ConnectFailed | None:
+    if token.user is None:
+        return None
+    address = instance.address.with_login(token.user, token.password or "")
+    try:
+        connection = await connect(address, timeout=instance.connect_timeout)
+    except ConnectFailed as error:
+        return error
+    connection.close(ReplyLost("done"))
+    return None
 
 
 async def _look_at(instance: InstanceConfig) -> dict[str, Any] | ConnectFailed:
@@ -128,13 +158,22 @@ def _describe(report: _Report, instance: InstanceConfig, result: dict[str, Any])
         report.note(f"eviction is {result['policy']}: keys may disappear when memory is full")
 
 
-def _look_at_token(report: _Report, token: TokenConfig) -> None:
+def _look_at_token(report: _Report, token: TokenConfig, failure: ConnectFailed | None) -> None:
+    wrongs = []
     if token.expires is not None and token.expires <= time.time():
-        print(f"token {token.name}")
-        report.wrong("it has expired", "remove it, or move its expires")
+        wrongs.append(("it has expired", "remove it, or move its expires"))
     elif len(token.token) < MIN_TOKEN_LENGTH or len(set(token.token)) < 6:
+        wrongs.append(("it is easy to guess", "`openssl rand -hex 32` makes a good one"))
+    if failure is not None:
+        cure = "check user and password of the token: they are a Redis user's (ACL SETUSER)"
+        refused = "AUTH was refused" in failure.detail
+        wrongs.append(
+            (f"its user {token.user} cannot log in: {failure.detail}", cure if refused else "see its instance")
+        )
+    if wrongs:
         print(f"token {token.name}")
-        report.wrong("it is easy to guess", "`openssl rand -hex 32` makes a good one")
+    for text, cure in wrongs:
+        report.wrong(text, cure)
 
 
 def _cure(instance: InstanceConfig, error: ConnectFailed) -> str:

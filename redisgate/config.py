@@ -102,6 +102,8 @@ class InstanceConfig:
     command_timeout: float = 10.0
     stall_timeout: float = 10.0
     idle_timeout: float = 60.0
+    capacity: int | None = None
+    """Bytes of its server's used_memory beyond which what needs more memory is refused."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     log_level: str = "info"
     log_format: str = "text"
+    access_log: str = "errors"
+    slow_request: float = 1.0
     limits: Limits = Limits()
     control: ControlSettings = ControlSettings()
     instances: tuple[InstanceConfig, ...] = ()
@@ -253,6 +257,8 @@ class Setting:
     table: str = ""
     other_variable: str = ""
     """Read where `variable` is not set."""
+    secret: bool = False
+    """It has no flag: everybody on a machine sees the arguments of its processes."""
 
     @property
     def path(self) -> str:
@@ -291,6 +297,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("cors_origins", names, (), "origins that browsers may call from, or *"),
     Setting("log_level", choice("debug", "info", "warning", "error"), "info", "what is logged"),
     Setting("log_format", choice("text", "json"), "text", "how it is logged"),
+    Setting(
+        "access_log", choice("off", "errors", "all"), "errors", "requests that are logged; errors: and slow ones too"
+    ),
+    Setting("slow_request", duration, 1.0, "a request that waits longer for Redis is logged"),
     _limit("max_target_bytes", size, "longest request target, else 414"),
     _limit("max_header_bytes", size, "largest header block, else 431"),
     _limit("max_body_bytes", size, "largest request body, else 413"),
@@ -353,7 +363,6 @@ SETTINGS: tuple[Setting, ...] = (
     _control("retain_days", duration, "usage by the day is kept"),
 )
 
-_OTHER_VARIABLES = {"REDISGATE_CONFIG", "REDISGATE_REDIS_URL", "REDISGATE_TOKEN", "REDISGATE_READONLY_TOKEN"}
 _POOL = InstanceConfig("", Address())
 INSTANCE_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "id": (text, "name in /redis/<id>/…; required"),
@@ -366,13 +375,14 @@ INSTANCE_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tls_server_name": (text, "name the server's certificate must have"),
     "tls_verify": (boolean, "false: do not verify the server (only for tests)"),
     "pool_size": (count(2, 1000), f"connections per worker (default {_POOL.pool_size})"),
-    "max_waiting": (count(1, 10_000_000), f"commands waiting per worker, then 503 (default {_POOL.max_waiting})"),
+    "max_waiting": (count(1, 10_000_000), f"requests waiting per worker, then 503 (default {_POOL.max_waiting})"),
     "connect_timeout": (duration, f"seconds (default {_POOL.connect_timeout:g})"),
     "command_timeout": (duration, f"seconds, then 504 (default {_POOL.command_timeout:g})"),
     "stall_timeout": (
         duration,
         f"seconds of silence after a 504 before the connection is closed (default {_POOL.stall_timeout:g})",
     ),
+    "capacity": (size, "of the server's used_memory; beyond it commands that need more are refused (scripts are not)"),
     "idle_timeout": (duration, f"seconds before unused connections are closed (default {_POOL.idle_timeout:g})"),
 }
 TOKEN_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -394,11 +404,28 @@ TOKEN_KEYS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
+# One instance needs no tables: `redis_url` and these make an instance called "default".
+SINGLE: tuple[Setting, ...] = (
+    Setting("redis_url", text, None, "redis://, rediss:// or unix:// URL"),
+    *[
+        Setting(f"redis_{key}", parse, None, help)
+        for key, (parse, help) in INSTANCE_KEYS.items()
+        if key not in ("id", "slug", "url", "url_env")
+    ],
+    Setting("token", text, None, "its token for everything", secret=True),
+    Setting("token_file", text, None, "file that holds that token"),
+    Setting("readonly_token", text, None, "its token for reading", secret=True),
+    Setting("readonly_token_file", text, None, "file that holds that one"),
+    Setting("srh_tokens", text, None, "tokens.json of serverless-redis-http"),
+)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of all settings, for `redisgate serve`."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings, instances and tokens")
-    parser.add_argument("--srh-tokens", metavar="FILE", help="tokens.json of serverless-redis-http")
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, *SINGLE):
+        if setting.secret:
+            continue
         parser.add_argument(setting.flag, metavar=setting.name.upper(), dest=setting.name, help=setting.help)
 
 
@@ -414,24 +441,29 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
     document = _read_file(cwd / path) if path else {}
     where = str(path)
     tables = {"limits": document.pop("limits", {}), "control": document.pop("control", {})}
-    instance_tables = document.pop("instances", [])
-    token_tables = document.pop("tokens", [])
+    instance_tables = _tables(document, "instances", where)
+    token_tables = _tables(document, "tokens", where)
     tables[""] = document
     values: dict[str, dict[str, Any]] = {}
     for name, table in tables.items():
-        _check_keys(
-            table, {setting.name for setting in SETTINGS if setting.table == name}, where, f"{name}." * bool(name)
-        )
+        known = {setting.name for setting in (*SETTINGS, *SINGLE) if setting.table == name}
+        _check_keys(table, known, where, f"{name}." * bool(name))
         values[name] = {}
     for setting in SETTINGS:
         values[setting.table][setting.name] = _value(setting, flags, environ, tables[setting.table], where)
     general = values[""]
-    instances = [_instance(table, index, where, environ) for index, table in enumerate(instance_tables)]
+    single = {
+        setting.name: value
+        for setting in SINGLE
+        if (value := _value(setting, flags, environ, document, where)) is not None
+    }
+    srh_tokens = single.pop("srh_tokens", None)
+    instances, tokens = _single(single, environ, cwd, others=bool(token_tables))
+    instances += [_instance(table, index, where, environ) for index, table in enumerate(instance_tables)]
     instance_ids = {instance.id for instance in instances}
-    tokens = [_token(table, index, where, environ, instance_ids, cwd) for index, table in enumerate(token_tables)]
-    _from_environment(environ, instances, tokens)
-    if not instances or srh.is_set(environ):
-        found = srh.load(environ, cwd, flags.get("srh_tokens"))
+    tokens += [_token(table, index, where, environ, instance_ids, cwd) for index, table in enumerate(token_tables)]
+    if not instances or srh_tokens is not None or srh.is_set(environ):
+        found = srh.load(environ, cwd, srh_tokens)
         if found is not None:
             instances += found.instances
             tokens += found.tokens
@@ -440,7 +472,10 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
             if flags.get("host") is None and "REDISGATE_HOST" not in environ and "host" not in document:
                 general["host"] = found.host
     _check_unique(instances, tokens)
-    known_variables = {setting.variable for setting in SETTINGS} | _OTHER_VARIABLES
+    if instances and not tokens:
+        print("redisgate: warning: there is no token, so every command will be answered 401", file=sys.stderr)
+    known_variables = {setting.variable for setting in (*SETTINGS, *SINGLE)} | {"REDISGATE_CONFIG"}
+    known_variables |= {setting.other_variable for setting in SETTINGS}
     known_variables |= {
         table[key] for table in [*instance_tables, *token_tables] for key in table if key.endswith("_env")
     }
@@ -539,6 +574,13 @@ def _check_keys(table: Any, known: set[str], where: str, prefix: str) -> None:
             raise ConfigError(f"{where}: unknown setting {prefix}{key}; known are {', '.join(sorted(known))}")
 
 
+def _tables(document: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+    tables = document.pop(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{where}: {name} is no list of tables; each of them begins with a line [[{name}]]")
+    return tables
+
+
 def _table(table: Any, keys: Mapping[str, tuple[Callable[[Any], Any], str]], where: str) -> dict[str, Any]:
     _check_keys(table, set(keys), where, "")
     return {key: _parse(keys[key][0], value, f"{where}: {key}") for key, value in table.items()}
@@ -573,14 +615,19 @@ def _instance(table: Any, index: int, file: str, environ: Mapping[str, str]) -> 
     url = _secret(values, "url", where, environ, None)
     if not url:
         raise ConfigError(f"{where} has no url")
-    address = _address(url, where)
+    return _with_address(url, values, f"{where}: ")
+
+
+def _with_address(url: str, values: dict[str, Any], where: str) -> InstanceConfig:
+    """An instance from its URL and the other values of its table."""
+    address = _address(url, where.removesuffix(": "))
     tls = {
         key: values.pop(f"tls_{key}")
         for key in ("ca_file", "cert_file", "key_file", "server_name", "verify")
         if f"tls_{key}" in values
     }
     if tls and not address.tls:
-        raise ConfigError(f"{where}: tls_ settings need a rediss:// URL")
+        raise ConfigError(f"{where}tls_ settings need a rediss:// URL")
     return InstanceConfig(address=dataclasses.replace(address, **tls), **{"slug": values["id"], **values})
 
 
@@ -633,33 +680,43 @@ def _token(
     return TokenConfig(token=token, name=name, scope=scope, expires=expires, user=user, password=password, **values)
 
 
-def _from_environment(environ: Mapping[str, str], instances: list[InstanceConfig], tokens: list[TokenConfig]) -> None:
-    url = environ.get("REDISGATE_REDIS_URL")
+def _single(
+    values: dict[str, Any], environ: Mapping[str, str], cwd: Path, *, others: bool
+) -> tuple[list[InstanceConfig], list[TokenConfig]]:
+    """The instance that needs no tables, and its tokens; `others`: the file has tokens too."""
+    if not values:
+        return [], []
     given = [
-        (name, environ.get(variable), readonly)
-        for name, variable, readonly in (
-            ("default", "REDISGATE_TOKEN", False),
-            ("readonly", "REDISGATE_READONLY_TOKEN", True),
-        )
+        (name, _secret(values, key, f"REDISGATE_{key.upper()}_FILE", environ, cwd), readonly)
+        for name, key, readonly in (("default", "token", False), ("readonly", "readonly_token", True))
     ]
+    url = values.pop("redis_url", None)
     if url is None:
         if any(token for _, token, _ in given):
             raise ConfigError("REDISGATE_TOKEN is set, but not REDISGATE_REDIS_URL")
-        return
-    instances.insert(0, InstanceConfig(id="default", slug="default", address=_address(url, "REDISGATE_REDIS_URL")))
-    if not any(token for _, token, _ in given):
+        if values:
+            name = next(iter(values))
+            raise ConfigError(f"{name} is set, but not redis_url; an instance of the file has settings of its own")
+        return [], []
+    if not others and not any(token for _, token, _ in given):
         raise ConfigError(
             "REDISGATE_REDIS_URL is set, but not REDISGATE_TOKEN; `openssl rand -hex 32` makes a good one"
         )
+    settings = {key.removeprefix("redis_"): value for key, value in values.items()}
+    instance = _with_address(url, {"id": "default", **settings}, "REDISGATE_REDIS_URL: ")
+    tokens = []
     for name, token, readonly in given:
         if token:
+            if not token.isascii() or not token.isprintable() or " " in token:
+                raise ConfigError(f"the {name} token: a token is printable ASCII without spaces")
             tokens.append(TokenConfig(token=token, instance="default", name=name, scope=Scope(readonly=readonly)))
+    return [instance], tokens
 
 
 def _check_unique(instances: Sequence[InstanceConfig], tokens: Sequence[TokenConfig]) -> None:
     names: set[str] = set()
     for instance in instances:
-        for name in {instance.id, instance.slug}:
+        for name in {instance.id.lower(), instance.slug.lower()}:
             if name in names:
                 raise ConfigError(f"two instances are called {name!r}")
             names.add(name)

@@ -14,7 +14,7 @@ from redisgate.http_head import Head
 from redisgate.http_response import length_line
 from redisgate.replies import JSON, JsonRendering, Rendering, ReplyStream
 from resp.connection import Connection, Waiter
-from resp.errors import ProtocolError, ReplyTimeout, RespError, Unavailable
+from resp.errors import LoginRefused, ReplyTimeout, RespError, Unavailable
 
 if TYPE_CHECKING:
     from redisgate.access import Limiter
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MAX_JOINED_BYTES: Final = 16 * 1024
 """Bodies up to this are copied behind their heads; larger ones are handed to the transport as they are."""
 RETRY_AFTER: Final = b"Retry-After: 1\r\n"
+UNAUTHORIZED_LINE: Final = b"WRONGPASS invalid or missing auth token"
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +47,25 @@ class Exchange(Waiter):
     endless = False
     """The answer goes on until the client leaves."""
 
-    __slots__ = ("_began", "_connection", "_head", "_limiter", "_method", "_pieces", "rendering", "waiting_payload")
+    __slots__ = (
+        "_began",
+        "_connection",
+        "_head",
+        "_limiter",
+        "_method",
+        "_pieces",
+        "rendering",
+        "target",
+        "waiting_payload",
+    )
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes) -> None:
         self.count = 1
         self._connection: HttpConnection | None = connection  # None: answered, or the client has gone
         self._head = head
         self._method = method
+        self.target = connection.target
+        """Of the request, as it came; not for any log without `redisgate.logs.safe_target`."""
         self.rendering: Rendering = head.rendering
         self.waiting_payload: bytes | None = None  # a response whose turn has not come
         self._pieces: Pieces | None = None  # of a response that leaves in pieces
@@ -91,10 +104,27 @@ class Exchange(Waiter):
         lines = heads.ok_lines.get(content_type) if status == 200 else None
         if lines is None:
             lines = heads.lines(status, content_type)
+            if server.access_log is not None:
+                server.access_log.answered(self, status)
         if length > MAX_JOINED_BYTES:
             connection.answered(self, b"".join((lines, token, extra, length_line(length))), body)
         else:
             connection.answered(self, b"".join((lines, token, extra, length_line(length), body)))
+
+    def respond_without_content(self, headers: bytes) -> None:
+        """Answer with 204, which has no Content-Length (RFC 9110 section 8.6); `headers` with their CRLF."""
+        connection = self._connection
+        if connection is None:
+            return
+        self._connection = None
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, 204)
+        heads = connection.server.heads
+        extra = self._head.extra + headers
+        if connection.closing or connection.server.draining:
+            extra += self._close_line(connection)
+        token = heads.next_token()
+        connection.answered(self, b"%b%b%b\r\n" % (heads.lines(204, b"text/plain"), token, extra))
 
     def _close_line(self, connection: "HttpConnection") -> bytes:
         """The header line of the last answer on a connection; nothing for those before it."""
@@ -115,6 +145,22 @@ class Exchange(Waiter):
             self._break_off()
         else:
             self.error(500, b"ERR internal error, reference %b; it is in the log" % reference.encode())
+
+    def slow(self, seconds: float) -> None:
+        connection = self._connection
+        if connection is not None and connection.server.access_log is not None:
+            connection.server.access_log.slow(self, seconds)
+
+    @property
+    def method(self) -> bytes:
+        """The request's."""
+        return self._method
+
+    @property
+    def instance_id(self) -> str | None:
+        """Of the instance that the token in the header names, if there is one."""
+        grant = self._head.grant
+        return grant.instance.id if grant is not None else None
 
     @property
     def gone(self) -> bool:
@@ -146,6 +192,8 @@ class Exchange(Waiter):
             return
         if self._pieces is not None and self._pieces.started:
             self._break_off()
+        elif isinstance(error, LoginRefused):
+            self.error(401, UNAUTHORIZED_LINE)
         elif isinstance(error, Unavailable):
             self.error(503, b"ERR %b" % str(error).encode(), RETRY_AFTER)
         elif isinstance(error, ReplyTimeout):
@@ -174,10 +222,9 @@ class Exchange(Waiter):
         stream = self._pieces.stream
         try:
             body = stream.feed(data)
-        except ProtocolError:
-            self._break_off()
         except Exception as error:
             self.bug(error)
+            self._abandon()
         else:
             if stream.status:
                 self._send(stream.status, body)
@@ -227,6 +274,8 @@ class Exchange(Waiter):
             pieces.redis.resume_reading()
 
     def _stream_head(self, connection: "HttpConnection", status: int) -> bytes:
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, status)
         if self._head.version == b"HTTP/1.1":
             framing = b"Transfer-Encoding: chunked\r\n"
             if connection.closing or connection.server.draining:
@@ -272,6 +321,10 @@ class Exchange(Waiter):
 
     def client_gone(self) -> None:
         """The connection is closed."""
+        connection = self._connection
+        if connection is not None and connection.server.access_log is not None:
+            if self._pieces is None or not self._pieces.started:
+                connection.server.access_log.answered(self, 499)
         self._abandon()
 
     def drain(self) -> None:

@@ -7,12 +7,13 @@ connection takes no further request, so that order is kept.
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol
 
 import redisgate
-from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, LimitRefusal, Refusal
+from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, Instance, LimitRefusal, Refusal
 from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
@@ -29,23 +30,28 @@ from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 
 MAX_PIPELINE_COMMANDS: Final = 1_000_000
 """Commands in one /pipeline or /multi-exec; the body limit is usually reached first."""
+LONG_PIPELINE_COMMANDS: Final = 1_000
+"""Commands in one request above which it goes by the slow lane, so that others need not wait for all its replies."""
 MAX_UNKNOWN_NAMES: Final = 1024
-"""Names that a server did not know, remembered per instance."""
+"""Names that a server did not know, remembered by a worker; and names that one request may have it asked about."""
+NAMES_AT_ONCE: Final = 128
+"""Names in one COMMAND INFO."""
 UNKNOWN_NAME_SECONDS: Final = 10.0
 """How long such a name is remembered; a module may be loaded meanwhile."""
 MAX_LOGIN_FAILURES: Final = 5
 """Failed ACL RESTTOKEN commands per instance within `LOGIN_FAILURE_SECONDS`."""
 LOGIN_FAILURE_SECONDS: Final = 30.0
 
+OVER_CAPACITY: Final = b"ERR DB capacity quota exceeded"
 QUESTION: Final = 0x3F  # b"?"; see `redisgate.requests.PERCENT`
 
 _BODY_METHODS: Final = (b"POST", b"PUT")
 _COMMAND_METHODS: Final = (b"GET", b"POST", b"PUT", b"HEAD")
 _STREAMS: Final = (b"subscribe", b"psubscribe", b"monitor")
 _CORS_MAX_AGE: Final = b"86400"
-_CONTROL_PLANE: Final = (
-    b"login logout register reset invitations dashboard admin auth api static metrics stats docs openapi.json"
-).split()
+_CONTROL_PLANE: Final = b"login logout register auth api static metrics stats docs openapi.json".split()
+_CONTROL_PLANE_PREFIXES: Final = (b"reset", b"invitations", b"dashboard", b"admin", b"health", b"docs")
+"""What begins with these is reserved too, longer names included."""
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +99,8 @@ class Gateway:
             b"health": self._health,
             b"version": self._version if control is None else control.handle,
         }
-        self._reserved |= dict.fromkeys(_CONTROL_PLANE, self._not_built if control is None else control.handle)
+        self._elsewhere = self._not_built if control is None else control.handle
+        self._reserved |= dict.fromkeys(_CONTROL_PLANE, self._elsewhere)
         self._special = frozenset(self._endpoints) | frozenset(self._reserved) | {b"redis", b""}
 
     # Once per header block
@@ -149,6 +156,7 @@ class Gateway:
 
     def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes) -> None:
         """Dispatch one whole request; it is answered through the exchange that is made for it."""
+        connection.target = target
         if head.revision != self._access.revision:
             self._authorize(head)
         grant: Grant | None = head.grant
@@ -165,15 +173,15 @@ class Gateway:
             return
         # Of which instance, if the address names one; every path is a command there.
         reference: str | None = self._label(head) if self._host_suffix else None
-        special = argv[0] in self._special
+        special = argv[0] in self._special or (len(argv[0]) > 4 and argv[0].startswith(_CONTROL_PLANE_PREFIXES))
         if special and reference is None:
             if argv[0] == b"redis":
                 reference = argv[1].decode("utf-8", "replace") if len(argv) > 1 else ""
                 argv = argv[2:] or [b""]
                 special = argv[0] in self._special
-            elif argv[0] in self._reserved:
+            elif argv[0] in self._reserved or argv[0].startswith(_CONTROL_PLANE_PREFIXES):
                 query = query if appended is not None else b""
-                self._reserved[argv[0]](connection, method, target, query, head, body)
+                self._reserved.get(argv[0], self._elsewhere)(connection, method, target, query, head, body)
                 return
             elif argv == [b""] and method not in _BODY_METHODS:
                 self._welcome(connection, method, head)
@@ -280,6 +288,10 @@ class Gateway:
             if limiter.cell is not None and limiter.cell.address is None:
                 limiter.cell.address = self._peers.client(connection, head)
         rule = grant.policy.rule(argv[0])
+        if grant.instance.over_capacity and rule is not None and rule.refusal is None:
+            if grant.instance.needs_memory(argv):
+                exchange.error(400, OVER_CAPACITY)
+                return
         if rule is not None and rule.plain:
             self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
         elif rule is not None and rule.refusal is not None:
@@ -383,7 +395,8 @@ class Gateway:
             exchange.reply(b"", 0)
             return
         payload = b"".join([encode_command(argv) for argv in commands])
-        self._submit(connection, exchange, payload, grant.backend, checked.slow)
+        slow = checked.slow or len(commands) > LONG_PIPELINE_COMMANDS
+        self._submit(connection, exchange, payload, grant.backend, slow)
 
     def _transaction(
         self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, segments: Argv, body: bytes
@@ -439,7 +452,8 @@ class Gateway:
         commands.append([b"EXEC"])
         exchange.count = len(commands)
         payload = b"".join([encode_command(argv) for argv in commands])
-        self._submit(connection, exchange, payload, grant.backend, checked.slow)
+        slow = checked.slow or len(checked.outcomes) > LONG_PIPELINE_COMMANDS
+        self._submit(connection, exchange, payload, grant.backend, slow)
 
     @staticmethod
     async def _learn_transactions(backend: Backend) -> None:
@@ -483,32 +497,43 @@ class Gateway:
         if checked.check(commands, self._is_unknown):
             send(checked)
         else:
-            self._later(connection, exchange, self._find_out(grant, commands, checked), lambda: send(checked))
+            self._later(connection, exchange, self._find_out(exchange, grant, commands, checked), lambda: send(checked))
 
-    async def _find_out(self, grant: Grant, commands: list[Argv], checked: "Checked") -> None:
+    async def _find_out(self, exchange: Exchange, grant: Grant, commands: list[Argv], checked: "Checked") -> None:
         instance, pool = grant.instance, grant.backend.pool
+        await self._learn(exchange, grant, commands)
         for index, argv in enumerate(commands):
             rule = grant.policy.rule(argv[0])
-            if rule is None:
-                await self._learn(grant, argv[0])
-            elif rule.script and rule.refusal is None and rule.check(argv).refusal is None:
+            if exchange.gone:
+                return
+            if rule is not None and rule.script and rule.refusal is None and rule.check(argv).refusal is None:
                 if instance.scripts.unsettled(argv):
-                    frame = await instance.scripts.prepare(argv, pool.call)
-                    if frame is not None:
-                        checked.prepared[index] = frame
+                    checked.prepared[index] = await instance.scripts.prepare(
+                        argv, instance.backend.pool.call, pool.call
+                    )
         checked.check(commands, lambda instance_id, name: True)
 
-    async def _learn(self, grant: Grant, name: bytes) -> None:
+    async def _learn(self, exchange: Exchange, grant: Grant, commands: list[Argv]) -> None:
+        """Ask the server for the names that the table does not know, many at a time."""
         instance = grant.instance
-        key = (instance.id, name)
-        if self._is_unknown(*key):
-            return
-        reply = await grant.backend.pool.call(b"COMMAND", b"INFO", name)
-        entry = reply[0] if isinstance(reply, list) and reply else None
-        if entry is None or instance.table.learn(entry) is None or grant.policy.rule(name) is None:
-            while len(self._unknown) >= MAX_UNKNOWN_NAMES:
-                del self._unknown[next(iter(self._unknown))]
-            self._unknown[key] = time.monotonic() + UNKNOWN_NAME_SECONDS
+        names = dict.fromkeys(
+            argv[0]
+            for argv in commands
+            if grant.policy.rule(argv[0]) is None and not self._is_unknown(instance.id, argv[0])
+        )
+        # What a request has beyond the bound is unknown unasked: no server has as many commands.
+        asked = list(names)[:MAX_UNKNOWN_NAMES]
+        for at in range(0, len(asked), NAMES_AT_ONCE):
+            if exchange.gone:
+                return
+            some = asked[at : at + NAMES_AT_ONCE]
+            reply = await grant.backend.pool.call(b"COMMAND", b"INFO", *some)
+            entries = reply if isinstance(reply, list) and len(reply) == len(some) else [None] * len(some)
+            for name, entry in zip(some, entries, strict=True):
+                if entry is None or instance.table.learn(entry) is None or grant.policy.rule(name) is None:
+                    while len(self._unknown) >= MAX_UNKNOWN_NAMES:
+                        del self._unknown[next(iter(self._unknown))]
+                    self._unknown[instance.id, name] = time.monotonic() + UNKNOWN_NAME_SECONDS
 
     def _is_unknown(self, instance_id: str, name: bytes) -> bool:
         until = self._unknown.get((instance_id, name))
@@ -529,7 +554,7 @@ class Gateway:
                 await work
             except RespError as error:
                 # Whatever was asked on the way, the client's own command was not sent.
-                exchange.failed(Unavailable(str(error)))
+                exchange.failed(error if isinstance(error, Unavailable) else Unavailable(str(error)))
             except Exception as error:
                 exchange.bug(error)
             if exchange.gone:
@@ -555,6 +580,10 @@ class Gateway:
 
     async def _rest_token(self, exchange: Exchange, grant: Grant, argv: Argv) -> None:
         instance = grant.instance
+        if not grant.full:
+            # The new token would have none of the limits of the one that asks for it.
+            exchange.error(400, b"NOPERM this user has no permissions to run the 'acl|resttoken' command")
+            return
         now = time.monotonic()
         failures = [at for at in self._login_failures.get(instance.id, ()) if now - at < LOGIN_FAILURE_SECONDS]
         self._login_failures[instance.id] = failures
@@ -569,22 +598,34 @@ class Gateway:
             return
         failures.append(now)  # while it is tried, it counts as failed: attempts at once are throttled too
         try:
-            private = await connect(
-                instance.config.address.with_login(user, password), timeout=instance.config.connect_timeout
-            )
-        except ConnectFailed as error:
-            if "AUTH was refused" in error.detail:
-                line = b'ERR Wrong password or user "%b" does not exist' % argv[2].replace(b"\r", b"").replace(
-                    b"\n", b""
-                )
-                exchange.error(400, line)
-                return
+            accepted = await self._logs_in(instance, user, password)
+            any_password = accepted and await self._logs_in(instance, user, secrets.token_hex(16))
+        except ConnectFailed:
             failures.remove(now)
             raise
-        private.close(ReplyLost("done"))
+        name = argv[2].replace(b"\r", b"").replace(b"\n", b"")
+        if not accepted:
+            exchange.error(400, b'ERR Wrong password or user "%b" does not exist' % name)
+            return
         failures.remove(now)
+        if any_password:
+            exchange.error(400, b'ERR user "%b" has no password of its own, so a token would prove nothing' % name)
+            return
         token = self._tokens.make(instance.id, user, password)
         exchange.reply(b"$%d\r\n%b\r\n" % (len(token), token), 0)
+
+    @staticmethod
+    async def _logs_in(instance: Instance, user: str, password: str) -> bool:
+        """Whether the server accepts this pair, tried on a private connection."""
+        address = instance.config.address.with_login(user, password)
+        try:
+            private = await connect(address, timeout=instance.config.connect_timeout)
+        except ConnectFailed as error:
+            if "AUTH was refused" in error.detail:
+                return False
+            raise
+        private.close(ReplyLost("done"))
+        return True
 
     # Streams
 
@@ -661,13 +702,11 @@ class Gateway:
         if not head.preflight or head.origin is None or b"Access-Control-Allow-Origin" not in head.extra:
             exchange.error(405, b"ERR method not allowed", ALLOW)
             return
-        exchange.respond(
-            204,
-            b"",
-            b"text/plain",
+        exchange.respond_without_content(
             b"Access-Control-Allow-Methods: %b\r\n"
-            b"Access-Control-Allow-Headers: Authorization, Content-Type, Upstash-Encoding, Upstash-Response-Format,"
-            b" Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform, Upstash-Telemetry-Runtime\r\n"
+            b"Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, Upstash-Encoding,"
+            b" Upstash-Response-Format, Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform,"
+            b" Upstash-Telemetry-Runtime\r\n"
             b"Access-Control-Max-Age: %b\r\n" % (methods, _CORS_MAX_AGE),
         )
 
@@ -713,13 +752,14 @@ class Checked:
     def __init__(self, grant: Grant) -> None:
         self._grant = grant
         self.outcomes: list[Argv | bytes] = []
-        self.prepared: dict[int, bytes] = {}  # frames found out by asking the server
+        self.prepared: dict[int, Argv | bytes] = {}  # outcomes found out by asking the server
         self.slow = False
 
     def check(self, commands: list[Argv], is_unknown: Callable[[str, bytes], bool]) -> bool:
         """Decide each command. False: the server has to be asked something first; call again afterwards."""
         grant = self._grant
         rule_of = grant.policy.rule
+        over_capacity = grant.instance.over_capacity
         outcomes: list[Argv | bytes] = []
         slow = False
         for index, argv in enumerate(commands):
@@ -728,6 +768,8 @@ class Checked:
                 if not is_unknown(grant.instance.id, argv[0]):
                     return False
                 outcomes.append(unknown_command(argv))
+            elif over_capacity and rule.refusal is None and grant.instance.needs_memory(argv):
+                outcomes.append(b"-%b\r\n" % OVER_CAPACITY)
             elif rule.plain:
                 slow = slow or rule.slow
                 outcomes.append(argv)
@@ -748,9 +790,9 @@ class Checked:
             return b"-%b\r\n" % verdict.refusal
         if verdict.local is not None:
             return verdict.local
+        self.slow = self.slow or verdict.slow
         if index in self.prepared:
             return self.prepared[index]
-        self.slow = self.slow or verdict.slow
         if rule.resttoken and len(argv) > 1 and argv[1].upper() == b"RESTTOKEN":
             return b"-ERR ACL RESTTOKEN is available as a single command only\r\n"
         if rule.script:

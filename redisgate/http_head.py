@@ -241,7 +241,5 @@ class ChunkedBody:
             self._left = int(match[1], 16)
             self.received += self._left
             if self.received > limit:
-                raise HttpError(
-                    413, f"max request size exceeded. Limit: {limit} bytes, Actual: at least {self.received} bytes"
-                )
+                raise HttpError(413, f"max request size exceeded. Limit: {limit} bytes, Actual: {self.received} bytes")
             self._state = "data" if self._left else "trailer"

@@ -47,8 +47,24 @@ WRITE_BUFFER_BYTES: Final = 256 * 1024
 
 _NEVER: Final = float("inf")
 _REQUEST_LINE: Final = re.compile(rb"(GET|POST|PUT|HEAD) (/[^\x00-\x20\x7f]*) (HTTP/1\.[01])\r\n").match
+_ABSOLUTE_FORM: Final = re.compile(
+    rb"([A-Za-z]+) (?i:https?)://([^/?#\x00-\x20\x7f]+)([^\x00-\x20\x7f]*) (HTTP/1\.[01])\r\n"
+).match
+_HOST_LINE: Final = re.compile(rb"\r\nhost:[^\r\n]*", re.IGNORECASE)
 _BARE_LF: Final = re.compile(rb"(?<!\r)\n")
 _CONTROLS: Final = re.compile(rb"[\x00-\x20\x7f]")
+
+
+def _origin_form(data: bytes, absolute: re.Match[bytes]) -> bytes:
+    """The same request with the target's host in its Host header, where it is read (RFC 9112 section 3.2.2)."""
+    method, host, target, version = absolute.groups()
+    if not target.startswith(b"/"):
+        target = b"/" + target
+    line_end = absolute.end() - 2
+    block_end = data.index(b"\r\n\r\n", line_end)
+    # A missing Host, or a second one, is refused as in any request.
+    block = _HOST_LINE.sub(lambda match: b"\r\nHost: " + host, data[line_end:block_end], count=1)
+    return b"%b %b %b%b%b" % (method, target, version, block, data[block_end:])
 
 
 class Handler(Protocol):
@@ -61,6 +77,16 @@ class Handler(Protocol):
         """Dispatch one whole request; it is answered through the exchange that is made for it."""
 
 
+class AccessLog(Protocol):
+    """Who hears of requests that are slow or fail: `redisgate.access_log`."""
+
+    def slow(self, exchange: "Exchange", seconds: float) -> None:
+        """It has waited for so long for Redis, and waits on."""
+
+    def answered(self, exchange: "Exchange", status: int) -> None:
+        """It is being answered; called for every status but 200, and for some of those. 499: its client has left."""
+
+
 class HttpServer:
     """What the HTTP connections of one worker share."""
 
@@ -68,6 +94,7 @@ class HttpServer:
         self.gateway = gateway
         self.limits = limits
         self.heads = heads
+        self.access_log: AccessLog | None = None
         self.connections: set[HttpConnection] = set()
         self.streams: set[StreamExchange] = set()
         self.draining = False
@@ -146,6 +173,7 @@ class HttpConnection:
     __slots__ = (
         "_body",
         "_chunked",
+        "_eof",
         "_head",
         "_held",
         "_held_behind",
@@ -160,6 +188,7 @@ class HttpConnection:
         "on_writable",
         "route",
         "server",
+        "target",
         "transport",
         "write_paused",
     )
@@ -169,6 +198,7 @@ class HttpConnection:
         self.transport: asyncio.Transport  # from connection_made on
         self.exchanges: deque[Exchange] = deque()
         self.deadline = _NEVER
+        self.target = b""  # of the last request
         self.route: object = None  # the Redis connection that the requests under way went to
         # Per request
         self._head: Head | None = None  # of the last request
@@ -181,6 +211,7 @@ class HttpConnection:
         # Flow
         self._tail = b""  # received, not yet framed
         self._paused = False
+        self._eof = False  # the client has closed its sending side
         self._refusing = False  # reads and throws away
         self.closing = False  # no further request is taken
         self.write_paused = False
@@ -212,11 +243,12 @@ class HttpConnection:
             exchange.client_gone()
 
     def eof_received(self) -> bool:
-        # A client may close its sending side and still wait for its answers.
-        if self.exchanges and not self.exchanges[-1].endless:
-            self.closing = True
-            return True
-        return False
+        # A client may close its sending side and still wait for its answers, but not listen to a stream.
+        self._eof = True
+        if self.exchanges and self.exchanges[-1].endless:
+            return False
+        self._take_the_last()
+        return bool(self.exchanges or self._tail)
 
     def data_received(self, data: bytes) -> None:
         if self._refusing:
@@ -238,7 +270,7 @@ class HttpConnection:
 
     def resume_writing(self) -> None:
         self.write_paused = False
-        self.deadline = _NEVER
+        self.deadline = _NEVER if self._line is None else self.server.now + self.server.limits.body_timeout
         for exchange in self.exchanges:
             exchange.client_ready()
             break
@@ -270,6 +302,10 @@ class HttpConnection:
                 data = data[2:]  # RFC 9112 section 2.2: an empty line before the request line
                 continue
             elif b"\r\n\r\n" in data:
+                absolute = _ABSOLUTE_FORM(data)
+                if absolute is not None:
+                    data = _origin_form(data, absolute)
+                    continue
                 method, target, version, after_line = self._unusual_line(data)
             else:
                 self._await_head(data)
@@ -336,14 +372,8 @@ class HttpConnection:
             raise HttpError(400, "malformed method")
         if method == b"CONNECT":
             raise HttpError(405, "CONNECT is not supported", ALLOW)
-        if not target.startswith(b"/"):
-            # RFC 9112 section 3.2.2: the absolute form that proxies are sent; its host counts for Host.
-            match = re.match(rb"https?://[^/?#]+", target, re.IGNORECASE)
-            if match is not None:
-                rest = target[match.end() :]
-                target = rest if rest.startswith(b"/") else b"/" + rest
-            elif method != b"OPTIONS" or target != b"*":
-                raise HttpError(400, "malformed request target")
+        if not target.startswith(b"/") and (method != b"OPTIONS" or target != b"*"):
+            raise HttpError(400, "malformed request target")
         return method, target, version, end
 
     def _interpret(self, block: bytes, version: bytes) -> Head:
@@ -374,16 +404,17 @@ class HttpConnection:
         self._body = []
         self._missing = head.content_length
         self._chunked = ChunkedBody() if head.chunked else None
-        self.deadline = self.server.now + self.server.limits.body_timeout
-        if head.expect_continue:
-            # Answers leave in order, an interim one too.
-            if self.exchanges:
-                self.hold(self._continue, 0)
-            else:
-                self._continue()
+        if self.exchanges:
+            # Answers leave in order, an interim one too; and the body's time begins when the client has them all.
+            self.hold(self._await_body, 0)
+        else:
+            self._await_body()
 
-    def _continue(self) -> None:
-        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    def _await_body(self) -> None:
+        assert self._head is not None
+        self.deadline = self.server.now + self.server.limits.body_timeout
+        if self._head.expect_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self, data: bytes) -> bytes | None:
         """Take what belongs to the body; returns what follows it once it is whole."""
@@ -405,20 +436,37 @@ class HttpConnection:
             rest = data[len(piece) :]
             body = b"".join(self._body)
         method, target = self._line
-        self._line = None
-        self._body = []
-        self._chunked = None
-        if self._held is not None and self._held_behind == 0:
-            self._held = None  # the client did not wait for 100 Continue
+        self._forget_body()
         self.deadline = _NEVER
         if not self._head.keep_alive or self.server.draining:
             self.closing = True
         self.server.gateway.handle(self, method, target, self._head, body)
         return rest
 
+    def _forget_body(self) -> None:
+        """No body is awaited any more."""
+        self._line = None
+        self._body = []
+        self._chunked = None
+        if self._held is not None and self._held_behind == 0:
+            self._held = None  # `_await_body`
+
+    def _take_the_last(self) -> None:
+        """After the client's end of file: frame what can be framed now; if that was all, its answers are the last."""
+        self.data_received(b"")
+        if self._tail and (
+            self._held is not None
+            or self.write_paused
+            or len(self.exchanges) >= self.server.limits.max_pipelined_requests
+        ):
+            return  # whole requests may be left; their turn comes in `_go_on`
+        self._forget_body()
+        self._tail = b""
+        self.closing = True
+
     def _keep(self, data: bytes) -> None:
         self._tail = data
-        if len(data) > MAX_UNPARSED_BYTES and not self._paused:
+        if len(data) > MAX_UNPARSED_BYTES and not self._paused and not self._eof:
             self._paused = True
             self.transport.pause_reading()
 
@@ -465,10 +513,14 @@ class HttpConnection:
         elif not exchanges:
             if self.closing or self.server.grace_over:
                 self.closing = True
-                if self._line is None and not self._refusing:
+                if self._refusing:
+                    self._linger()
+                elif self._line is None:
                     self.transport.close()
+                    if not self.write_paused:  # which has a deadline of its own
+                        self.deadline = self.server.now + self.server.limits.write_timeout
                 return
-            if not self.write_paused:
+            if not self.write_paused and self._line is None:
                 self.deadline = self.server.idle_deadline
         if self._tail and self._held is None and not self.write_paused:
             # Not from here: a long run of pipelined requests would nest as deep as it is long.
@@ -478,7 +530,12 @@ class HttpConnection:
         if self._paused and not self.transport.is_closing():
             self._paused = False
             self.transport.resume_reading()
-        self.data_received(b"")
+        if not self._eof:
+            self.data_received(b"")
+            return
+        self._take_the_last()
+        if not self.exchanges and not self._tail:
+            self._settle()
 
     # Ends
 
@@ -486,19 +543,24 @@ class HttpConnection:
         """Answer what cannot be framed, and take nothing more."""
         from redisgate.exchange import Exchange
 
+        self.target = b""
         self.closing = True
-        self._line = None
+        self._forget_body()
         self._tail = b""
+        if not self.write_paused:
+            self.deadline = _NEVER  # those before it are answered first
         head = Head(b"", b"HTTP/1.1")
         known = self._head
         head.rendering, head.extra = (known.rendering, known.extra) if known is not None else (JSON, b"")
         exchange = Exchange(self, head, b"GET")
         self._refusing = True
         exchange.error(error.status, b"ERR " + str(error).encode(), error.headers)
-        transport = self.transport
-        if not transport.is_closing():
-            if transport.can_write_eof() and not self.exchanges:
-                transport.write_eof()
+
+    def _linger(self) -> None:
+        """After a refusal: close our side, and read on for a while."""
+        if not self.transport.is_closing():
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
             self.deadline = self.server.now + LINGER_SECONDS
 
     def overdue(self) -> None:

@@ -15,10 +15,11 @@ class ResponseHeads:
     body.
     """
 
-    __slots__ = ("_date", "_lines", "_process", "_renewals", "_sync_token", "_tokens", "ok_lines")
+    __slots__ = ("_date", "_lines", "_process", "_remember", "_renewals", "_sync_token", "_tokens", "ok_lines")
 
-    def __init__(self, process: bytes) -> None:
-        """`process` distinguishes this process in sync tokens; letters and digits."""
+    def __init__(self, process: bytes, *, remember: bool = True) -> None:
+        """`process` distinguishes this process in sync tokens; letters and digits. `remember`: use `ok_lines`."""
+        self._remember = remember
         self._process = process
         self._renewals = 0
         self._lines: dict[tuple[int, bytes], bytes] = {}
@@ -59,7 +60,7 @@ class ResponseHeads:
                 self._sync_token,
             )
             self._lines[status, content_type] = lines
-            if status == 200:
+            if status == 200 and self._remember:
                 self.ok_lines[content_type] = lines
         return lines
 

@@ -2,7 +2,7 @@
 
 import importlib
 
-from redisgate.config import INSTANCE_KEYS, SETTINGS, TOKEN_KEYS, Setting, duration, size
+from redisgate.config import INSTANCE_KEYS, SETTINGS, SINGLE, TOKEN_KEYS, Setting, duration, size
 
 # Bounds that are no settings: module, name, unit, what happens there.
 BOUNDS: tuple[tuple[str, str, str, str], ...] = (
@@ -19,6 +19,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("redisgate.worker", "BACKLOG", "connections", "wait to be accepted"),
     ("redisgate.gateway", "MAX_PIPELINE_COMMANDS", "commands", "in one /pipeline or /multi-exec, else 400"),
     ("redisgate.gateway", "MAX_UNKNOWN_NAMES", "names", "that a server did not know are remembered"),
+    ("redisgate.gateway", "NAMES_AT_ONCE", "names", "that a server is asked about in one COMMAND INFO"),
     ("redisgate.gateway", "MAX_LOGIN_FAILURES", "logins", "by ACL RESTTOKEN may fail per instance, then 429"),
     ("redisgate.gateway", "LOGIN_FAILURE_SECONDS", "s", "a failed login is remembered"),
     (
@@ -28,6 +29,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
         "per instance for tokens' Redis users; the longest unused closes",
     ),
     ("redisgate.worker", "RENEW_USERS_SECONDS", "s", "between new logins of those users"),
+    ("redisgate.capacity", "SAMPLE_SECONDS", "s", "between looks at the memory of a server with a capacity"),
     ("redisgate.policy", "MAX_REMEMBERED_NAMES", "spellings", "of commands are remembered per scope"),
     ("redisgate.policy", "MAX_NAME_BYTES", "bytes", "longest name of a command, else 400"),
     ("redisgate.policy", "MAX_FAST_ELEMENTS", "elements", "asked for at once before a command takes the slow lane"),
@@ -36,13 +38,20 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("redisgate.asgi", "MAX_REQUESTS", "requests", "to the control plane under way in one worker, then 503"),
     ("redisgate.limits", "ALLOWANCE_SECONDS", "s", "a worker spends a small part of a limit without asking the others"),
     ("redisgate.shared", "MAX_RECORDS", "subjects", "tokens, keys and organizations whose limits are counted"),
-    ("redisgate.scripts", "MAX_PROBED_FLAGS", "scripts", "whose flags are remembered per instance"),
+    (
+        "redisgate.scripts",
+        "MAX_REMEMBERED_FLAGS",
+        "flags",
+        "of scripts are remembered per instance; the oldest give way",
+    ),
+    ("redisgate.scripts", "MAX_FLAG_BYTES", "bytes", "longest flag of a script that a server is asked about"),
     ("redisgate.shared", "ALIAS_CAPACITY", "scripts", "whose SHA1 is translated; the oldest give way (NOSCRIPT)"),
-    ("redisgate.replies", "MAX_REPLY_DEPTH", "levels", "of nesting in a reply, else 502 for that command"),
+    ("redisgate.replies", "MAX_REPLY_DEPTH", "levels", "of nesting in a reply, else 400 for that command"),
     ("redisgate.resttoken", "MAX_TOKEN_BYTES", "bytes", "longest token that carries a login"),
     ("redisgate.logs", "MAX_WAITING_LINES", "lines", "wait for standard error; more are dropped and counted"),
     ("redisgate.logs", "MAX_LINE_BYTES", "bytes", "of one log line; the rest is cut off"),
     ("resp.pool", "MAX_QUEUED_BYTES", "bytes", "of commands wait per instance and worker, then 503"),
+    ("resp.pool", "MAX_SLOW_WAITERS", "requests", "of one connection are looked at for the log of slow ones at a time"),
     ("resp.pool", "MAX_BACKOFF_SECONDS", "s", "longest pause before a Redis that is away is tried again"),
     ("resp.connection", "MAX_UNSENT_BYTES", "bytes", "that Redis has not taken on one connection, then 503"),
     ("resp.connection", "STREAM_THRESHOLD_BYTES", "bytes", "larger replies are passed on while they arrive"),
@@ -112,8 +121,16 @@ def reference_page() -> str:
         lines.append(f"| `{setting.path}` | `{setting.flag}` | {variable} | {shown} | {setting.help} |")
     lines += [
         "",
-        "One instance needs no file: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted,",
-        "`REDISGATE_READONLY_TOKEN`. The variables and the `tokens.json` of serverless-redis-http are understood too.",
+        "## One instance",
+        "",
+        "One instance needs no tables: `REDISGATE_REDIS_URL`, `REDISGATE_TOKEN` and, if wanted,",
+        "`REDISGATE_READONLY_TOKEN` make one called `default`, beside those of the file. The two tokens have no flag,",
+        "because everybody on a machine sees the arguments of its processes. The variables and the `tokens.json` of",
+        "serverless-redis-http are understood too.",
+        "",
+        "| setting | flag | variable | meaning |",
+        "| --- | --- | --- | --- |",
+        *[_single_line(setting) for setting in SINGLE],
         "",
         "## `[[instances]]`",
         "",
@@ -145,6 +162,11 @@ def reference_page() -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _single_line(setting: Setting) -> str:
+    flag = "" if setting.secret else f"`{setting.flag}`"
+    return f"| `{setting.name}` | {flag} | `{setting.variable}` | {setting.help} |"
 
 
 def _default(setting: Setting) -> str:

@@ -16,12 +16,11 @@ from typing import Any, Final
 
 import msgspec
 
-from resp.errors import ProtocolError
 from resp.parser import MAX_PARSED_DEPTH, ErrorReply, Parser
 from resp.scanner import COLON, DOLLAR, LF, MINUS, PLUS, STAR, FrameScanner, frame_depth, split_frames
 
 MAX_REPLY_DEPTH: Final = MAX_PARSED_DEPTH
-"""Levels of nesting above which a reply is an error for its command alone, except as RESP2."""
+"""Levels of nesting above which a reply is an error for its command alone; not as RESP2, nor where it is streamed."""
 MAX_ENCODER_DEPTH: Final = 200
 """Levels that C JSON encoders take on any stack they may be called on."""
 MAX_COMMON_FRAME_BYTES: Final = 16
@@ -266,7 +265,7 @@ class JsonStream(ReplyStream):
         self._decoder: codecs.IncrementalDecoder | None = None
 
     def feed(self, data: bytes) -> bytes:
-        """The next part of the body. Raises ProtocolError where a streamed reply nests too deep."""
+        """The next part of the body."""
         out: list[bytes] = []
         position = 0
         size = len(data)
@@ -306,8 +305,6 @@ class JsonStream(ReplyStream):
                     out.append(b"[")
                     self._stack.append(length)
                     self._fresh = True
-                    if len(self._stack) > MAX_REPLY_DEPTH:
-                        raise ProtocolError(_TOO_DEEP.decode())
                     continue
                 out.append(b"[]" if length == 0 else b"null")
             elif kind == COLON:

@@ -12,18 +12,24 @@ workers before anybody is answered by them.
 
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from redisgate.shared import instance_digest
 from resp.commands import word
 from resp.parser import ErrorReply
 
-MAX_PROBED_FLAGS = 64
-"""Unknown flags asked about per instance; what comes beyond is sent as it is, for the server to judge."""
+MAX_REMEMBERED_FLAGS = 64
+"""Flags remembered per instance; a new one then takes the place of the oldest, which is asked about again."""
+MAX_FLAG_BYTES = 64
+"""No flag of a server is longer; longer ones are unknown without asking or remembering."""
 
 _FLAGS = re.compile(rb"(?:^|(?<=[ \t]))flags=([^ \t]*)")
-_SHA1 = re.compile(rb"[0-9a-fA-F]{40}")
+# What a server says of a flag, an engine (Valkey: without its Lua module) or, Redis 6, of any shebang it does not know.
+# Any other error says nothing of that: the user may not ask, or a script keeps the server busy.
+_UNKNOWN = re.compile(
+    r"ERR (Unexpected (flag|engine) in script shebang|Could not find scripting engine|Error compiling)"
+)
 
 Call = Callable[..., Awaitable[Any]]
 """Sends one command to the instance: `Pool.call`."""
@@ -83,6 +89,10 @@ class ScriptCache:
             self._store.publish_alias(instance, original, rewritten)
 
 
+class _NotAnswered(Exception):
+    """The server's error line to a question about flags, which leaves the question open."""
+
+
 class InstanceScripts:
     """What one instance's server makes of script flags."""
 
@@ -94,11 +104,6 @@ class InstanceScripts:
         self._known: dict[bytes, bool] = {}
         self._shebang: bool | None = None  # whether the server knows shebangs
 
-    def forget(self) -> None:
-        """The server may be another one now."""
-        self._known.clear()
-        self._shebang = None
-
     def unsettled(self, argv: Sequence[bytes]) -> bool:
         """Whether `prepare` has to be awaited before `rewrite` may be called."""
         script = self._script_of(argv)
@@ -107,12 +112,15 @@ class InstanceScripts:
         shebang = split_shebang(script)
         if shebang is None:
             return False
-        if self._shebang is None or any(flag not in self._known for flag in shebang[1]):
+        if self._shebang is None or any(self._knows(flag) is None for flag in shebang[1]):
             return True
-        return word(argv[0]) == b"SCRIPT" and self._rewritten(script) != script
+        return word(argv[0]) == b"SCRIPT" and self._rewritten(shebang, self._known) != script
 
-    async def prepare(self, argv: Sequence[bytes], call: Call) -> bytes | None:
-        """Ask the server what it knows. For a SCRIPT LOAD to be rewritten: load it, and return the frame to answer.
+    async def prepare(self, argv: list[bytes], ask: Call, call: Call) -> list[bytes] | bytes:
+        """Ask the server what it knows, and rewrite the command; a SCRIPT LOAD to be rewritten is run here.
+
+        What one user may not ask would be unknown to all the others; so `ask` is of the instance's own user, `call`
+        of the one whose command it is. Returns the command to send, or the frame to answer.
 
         Raises:
             RespError: the server did not answer.
@@ -120,28 +128,55 @@ class InstanceScripts:
         script = self._script_of(argv)
         shebang = split_shebang(script) if script is not None else None
         if script is None or shebang is None:
-            return None
-        if self._shebang is None:
-            self._shebang = not isinstance(await call(b"SCRIPT", b"LOAD", b"#!lua\nreturn 1"), ErrorReply)
-        for flag in shebang[1]:
-            if flag in self._known:
-                continue
-            if not self._shebang or len(self._known) >= MAX_PROBED_FLAGS:
-                self._known[flag] = True
-                continue
-            reply = await call(b"SCRIPT", b"LOAD", b"#!lua flags=" + flag + b"\nreturn 1")
-            self._known[flag] = not isinstance(reply, ErrorReply)
-        if word(argv[0]) != b"SCRIPT":
-            return None
-        rewritten = self._rewritten(script)
+            return self.rewrite(argv)
+        try:
+            if self._shebang is None:
+                self._shebang = await self._accepts(b"#!lua\nreturn 1", ask)
+            # Kept here too: of a script with very many flags not all are remembered.
+            known: dict[bytes, bool] = {}
+            for flag in shebang[1]:
+                knows = known.get(flag)
+                if knows is None:
+                    knows = self._knows(flag)
+                if knows is None:
+                    knows = await self._accepts(b"#!lua flags=" + flag + b"\nreturn 1", ask)
+                    self._remember(flag, knows)
+                known[flag] = knows
+        except _NotAnswered as error:
+            return b"-%b\r\n" % str(error).encode()
+        rewritten = self._rewritten(shebang, known)
         if rewritten == script:
-            return None
-        reply = await call(b"SCRIPT", b"LOAD", rewritten)
-        if isinstance(reply, ErrorReply):
-            return b"-%b\r\n" % str(reply).encode()
+            return argv
+        if word(argv[0]) == b"SCRIPT":
+            reply = await call(b"SCRIPT", b"LOAD", rewritten)
+            if isinstance(reply, ErrorReply):
+                return b"-%b\r\n" % str(reply).encode()
         original = sha1(script)
-        self._cache.publish(self._instance, original, reply)
-        return b"$40\r\n%b\r\n" % original
+        self._cache.publish(self._instance, original, sha1(rewritten))
+        if word(argv[0]) == b"SCRIPT":
+            return b"$40\r\n%b\r\n" % original
+        return [argv[0], rewritten, *argv[2:]]
+
+    @staticmethod
+    async def _accepts(script: bytes, ask: Call) -> bool:
+        reply = await ask(b"SCRIPT", b"LOAD", script)
+        if not isinstance(reply, ErrorReply):
+            return True
+        if _UNKNOWN.match(reply) is None:
+            raise _NotAnswered(str(reply))
+        return False
+
+    def _knows(self, flag: bytes) -> bool | None:
+        """Whether the server knows a flag; None: it has to be asked."""
+        if self._shebang is False or len(flag) > MAX_FLAG_BYTES:
+            return False
+        return self._known.get(flag)
+
+    def _remember(self, flag: bytes, knows: bool) -> None:
+        if len(self._known) >= MAX_REMEMBERED_FLAGS:
+            # The flag in everyday use stays, whatever others make up.
+            del self._known[next(known for known in self._known if known != b"allow-key-locking")]
+        self._known[flag] = knows
 
     def rewrite(self, argv: list[bytes]) -> list[bytes]:
         """The command as this server understands it."""
@@ -150,28 +185,24 @@ class InstanceScripts:
             if len(argv) > 1:
                 resolved = self._cache.resolve(self._instance, argv[1])
                 return argv if resolved is argv[1] else [argv[0], resolved, *argv[2:]]
-        elif name == b"SCRIPT":
-            if len(argv) > 2 and word(argv[1]) == b"EXISTS":
-                return [*argv[:2], *(self._cache.resolve(self._instance, digest) for digest in argv[2:])]
-        elif len(argv) > 1 and argv[1].startswith(b"#!"):
-            rewritten = self._rewritten(argv[1])
+        elif name == b"SCRIPT" and len(argv) > 2 and word(argv[1]) == b"EXISTS":
+            return [*argv[:2], *(self._cache.resolve(self._instance, digest) for digest in argv[2:])]
+        elif name != b"SCRIPT" and len(argv) > 1:
+            shebang = split_shebang(argv[1])
+            rewritten = self._rewritten(shebang, self._known) if shebang is not None else argv[1]
             if rewritten != argv[1]:
                 self._cache.publish(self._instance, sha1(argv[1]), sha1(rewritten))
                 return [argv[0], rewritten, *argv[2:]]
         return argv
 
-    def _rewritten(self, script: bytes) -> bytes:
-        shebang = split_shebang(script)
-        if shebang is None:
-            return script
+    def _rewritten(self, shebang: tuple[bytes, list[bytes], bytes], known: Mapping[bytes, bool]) -> bytes:
         line, flags, rest = shebang
         if self._shebang is False:
             return rest  # an empty first line: error messages keep their line numbers
-        unknown = [flag for flag in flags if not self._known.get(flag, True)]
-        if not unknown:
-            return script
-        kept = b",".join(flag for flag in flags if flag not in unknown)
-        line = _FLAGS.sub(b"flags=" + kept if kept else b"", line).rstrip(b" \t")
+        kept = [flag for flag in flags if known.get(flag, False)]
+        if len(kept) == len(flags):
+            return line + rest
+        line = _FLAGS.sub(b"flags=" + b",".join(kept) if kept else b"", line, count=1).rstrip(b" \t")
         return line + rest
 
     @staticmethod

@@ -8,10 +8,10 @@ import asyncio
 import re
 from typing import TYPE_CHECKING
 
-from redisgate.exchange import RETRY_AFTER, Exchange, Pieces
+from redisgate.exchange import RETRY_AFTER, UNAUTHORIZED_LINE, Exchange, Pieces
 from redisgate.http_head import Head
 from redisgate.replies import JSON
-from resp.errors import RespError, Unavailable
+from resp.errors import LoginRefused, RespError, Unavailable
 from resp.monitor import MonitorHub
 from resp.subscriptions import Message, SubscriptionHub
 
@@ -80,21 +80,21 @@ class StreamExchange(Exchange):
         if not self._progress.started:
             self._progress.started = True
             head = self._event_head()
-        if self._method == b"HEAD":
-            return head
         return head + (b"%x\r\n%b\r\n" % (len(event), event) if self._head.version == b"HTTP/1.1" else event)
 
     def _event_head(self) -> bytes:
         connection = self._connection
         assert connection is not None
-        chunked = self._head.version == b"HTTP/1.1"
-        if not chunked:
+        if self._method != b"HEAD" or not self._head.keep_alive:
             connection.closing = True
-        return b"%b%b%b%b\r\n" % (
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, 200)
+        return b"%b%b%b%b%b\r\n" % (
             connection.server.heads.start(200, b"text/event-stream"),
             self._head.extra,
             _HEADERS,
-            b"Transfer-Encoding: chunked\r\n" if chunked else b"Connection: close\r\n",
+            b"Transfer-Encoding: chunked\r\n" if self._head.version == b"HTTP/1.1" else b"",
+            b"Connection: close\r\n" if connection.closing else b"",
         )
 
     def _cut_off(self, reason: str) -> None:
@@ -107,12 +107,12 @@ class StreamExchange(Exchange):
             return
         payload = self._framed(event)
         self._ended = True
-        if self._head.version == b"HTTP/1.1" and self._method != b"HEAD":
+        if self._head.version == b"HTTP/1.1":
             payload += b"0\r\n\r\n"
-        connection.closing = True
         self._leave()
         self._connection = None
         connection.server.streams.discard(self)
+        connection.release()  # so that it is closed after this answer
         connection.answered(self, self._progress.waiting + payload)
 
     def lost(self, error: RespError) -> None:
@@ -125,7 +125,9 @@ class StreamExchange(Exchange):
             connection = self._connection
             connection.server.streams.discard(self)
             connection.release()  # an error is an ordinary answer; requests may follow it
-            if isinstance(error, Unavailable) and str(error).startswith("NOPERM"):
+            if isinstance(error, LoginRefused):
+                self.error(401, UNAUTHORIZED_LINE)
+            elif isinstance(error, Unavailable) and str(error).startswith("NOPERM"):
                 self.error(400, str(error).encode())
             else:
                 self.error(503, b"ERR " + str(error).encode(), RETRY_AFTER)
@@ -151,11 +153,18 @@ class StreamExchange(Exchange):
         if self._progress.started:
             self.emit(_HEARTBEAT)
 
-    def _begin(self) -> None:
+    def _begin(self) -> bool:
+        """Take the connection for the stream; False for HEAD, which is answered already."""
         connection = self._connection
         assert connection is not None
+        if self._method == b"HEAD":
+            head = self._event_head()
+            self._connection = None
+            connection.answered(self, head)
+            return False
         connection.server.streams.add(self)
         connection.hold(lambda: None, -1)  # a stream is the last answer on its connection
+        return True
 
     def _leave(self) -> None:
         raise NotImplementedError
@@ -176,8 +185,8 @@ class SubscriptionStream(StreamExchange):
         self._channels = list(dict.fromkeys(channels))
         self._pattern = pattern
         self._confirmed = 0
-        self._begin()
-        hub.subscribe(self, self._channels, pattern=pattern)
+        if self._begin():
+            hub.subscribe(self, self._channels, pattern=pattern)
 
     def subscribed(self, channel: bytes, pattern: bool) -> None:
         """See `resp.subscriptions.Subscriber`."""
@@ -210,8 +219,8 @@ class MonitorStream(StreamExchange):
     def begin(self, hub: MonitorHub) -> None:
         """Watch; the response begins when Redis has confirmed."""
         self._hub = hub
-        self._begin()
-        hub.watch(self)
+        if self._begin():
+            hub.watch(self)
 
     def subscribed(self, channel: bytes, pattern: bool) -> None:
         """See `resp.subscriptions.Subscriber`."""

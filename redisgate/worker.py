@@ -14,6 +14,8 @@ import uvloop
 
 import redisgate
 from redisgate.access import AccessTable, Grant, Instance, token_digest
+from redisgate.access_log import AccessLog, FullAccessLog
+from redisgate.capacity import CapacityWatch
 from redisgate.config import Settings
 from redisgate.gateway import Gateway
 from redisgate.http_protocol import HttpServer
@@ -63,6 +65,21 @@ def build_access(settings: Settings, tokens: RestTokens, shared: SharedState, in
     return access
 
 
+def make_http_server(gateway: Gateway, settings: Settings) -> HttpServer:
+    """The HTTP server, with the access log that the settings want."""
+    process = secrets.token_hex(6).encode()
+    if settings.access_log == "all":
+        # All answers leave the short way, so that the log hears of each.
+        full = FullAccessLog(gateway)
+        http = HttpServer(full, settings.limits, ResponseHeads(process, remember=False))
+        http.access_log = full
+        return http
+    http = HttpServer(gateway, settings.limits, ResponseHeads(process))
+    if settings.access_log == "errors":
+        http.access_log = AccessLog(settings.slow_request)
+    return http
+
+
 async def serve(settings: Settings, sock: socket.socket, index: int, shared: SharedState, ready_fd: int) -> None:
     """Serve on a bound socket until SIGTERM; then answer what is under way, for `drain_timeout` seconds at most."""
     loop = asyncio.get_running_loop()
@@ -78,11 +95,13 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
 
         plane = Plane(settings, access, shared, index)
     gateway = Gateway(settings, access, tokens, plane.http if plane is not None else None)
-    http = HttpServer(gateway, settings.limits, ResponseHeads(secrets.token_hex(6).encode()))
+    http = make_http_server(gateway, settings)
     access.streams = http.streams
     http.start()
     heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
     heartbeat.start()
+    capacity = CapacityWatch(access.instances.values())
+    capacity.start()
 
     def renew_users() -> None:
         access.renew_users()
@@ -109,6 +128,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     heartbeat.stop()
     if plane is not None:
         await plane.stop(PLANE_STOP_SECONDS)
+    capacity.stop()
     access.abort()
     await asyncio.sleep(0)  # transports close in the next turn of the loop
 

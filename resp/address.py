@@ -27,6 +27,8 @@ class Address:
     server_name: str | None = None
     """The name the server's certificate must have, if it is not the host."""
     verify: bool = True
+    delegated: bool = False
+    """The login is a client's, not the operator's: if Redis refuses it, that is the client's affair."""
 
     @property
     def display(self) -> str:
@@ -40,8 +42,8 @@ class Address:
         return self.display
 
     def with_login(self, username: str | None, password: str | None) -> "Address":
-        """The same server as another Redis user."""
-        return dataclasses.replace(self, username=username, password=password)
+        """The same server as a client's own Redis user."""
+        return dataclasses.replace(self, username=username, password=password, delegated=True)
 
     def ssl_context(self) -> ssl.SSLContext:
         """A client context that verifies the server, unless `verify` is off.

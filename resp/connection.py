@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 
 from resp.address import Address
 from resp.encoder import encode_commands
-from resp.errors import ConnectFailed, ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
+from resp.errors import ConnectFailed, LoginRefused, ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
 from resp.parser import ErrorReply, Parser
 from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner, parse_length
 
@@ -65,6 +65,9 @@ class Waiter:
     def failed(self, error: RespError) -> None:
         """No (further) reply will come; `error` says whether the command may have run."""
         raise NotImplementedError
+
+    def slow(self, seconds: float) -> None:
+        """It has waited for so long already; called now and then for those that wait longest."""
 
 
 class Tombstone(Waiter):
@@ -166,7 +169,7 @@ class Connection:
         self._transport: asyncio.Transport | None = None
         self._waiters: deque[Waiter] = deque()
         self.state = State.CONNECTING
-        self.pending = 0  # replies owed to waiters
+        self.pending = 0  # waiters, tombstones included
         self.transactions = False  # whether MULTI and EXEC are permitted
         self.last_received = 0.0
         # Sending.
@@ -190,7 +193,7 @@ class Connection:
     def send(self, payload: bytes, waiter: Waiter) -> None:
         """Send `waiter.count` encoded commands with the others of this turn of the loop."""
         self._waiters.append(waiter)
-        self.pending += waiter.count
+        self.pending += 1
         self._out.append(payload)
         if not self._flush_scheduled:
             self._flush_scheduled = True
@@ -306,6 +309,8 @@ class Connection:
             end = scanner.scan(data, position, partial_bulks=True)
             if end > position:
                 waiter.stream_data(data[position:end])
+            if self.state is State.CLOSED:  # nobody wants the rest
+                return len(data)
             if scanner.done:
                 self._end_stream()
             return end
@@ -315,7 +320,7 @@ class Connection:
         if scanner.done:
             self._scanning = 0
             self._waiters.popleft()
-            self.pending -= waiter.count
+            self.pending -= 1
             waiter.reply(data[position:end], scanner.depth)
             return end
         if len(data) - position > STREAM_THRESHOLD_BYTES or end - position + scanner.announced > STREAM_THRESHOLD_BYTES:
@@ -329,13 +334,15 @@ class Connection:
         self._retire()
         self._scanner.restart(waiter.count)
         waiter.stream_started(self)
+        if self.state is State.CLOSED:  # the client has gone already, and nobody else waits
+            return len(data)
         # A new scan from the start: what was consumed so far was not passed on, and bodies may now be cut.
         return self._scan(self._waiters[0], data, position)
 
     def _end_stream(self) -> None:
         self._streaming = False
         waiter = self._waiters.popleft()
-        self.pending -= waiter.count
+        self.pending -= 1
         self.resume_reading()
         waiter.stream_ended()
 
@@ -371,10 +378,8 @@ class Connection:
         if not waiters:
             return
         if self.paused_since:
-            if len(waiters) > 1 and now - self.paused_since > STALLED_READER_SECONDS:
-                reader = waiters[0]
-                self.abandon(reader)
-                reader.failed(ReplyLost("the reader is too slow for those who wait behind it"))
+            if len(waiters) > 1 and self.stalled(now):
+                self.evict_reader()
             return
         overdue = 0
         for waiter in waiters:
@@ -390,6 +395,16 @@ class Connection:
                 waiter.failed(ReplyTimeout("no reply in time"))
         if overdue and now - max(self.last_received, self.overdue_since) > stall_timeout:
             self.close(ReplyLost("the instance has gone silent"))
+
+    def stalled(self, now: float) -> bool:
+        """Whether the reader of a streamed reply has taken nothing for `STALLED_READER_SECONDS`."""
+        return bool(self.paused_since) and now - self.paused_since > STALLED_READER_SECONDS
+
+    def evict_reader(self) -> None:
+        """Give up the reply that is being streamed, for the sake of those who wait."""
+        reader = self._waiters[0]
+        self.abandon(reader)
+        reader.failed(ReplyLost("the reader is too slow for those who wait behind it"))
 
     # State
 
@@ -438,11 +453,6 @@ class Connection:
         for waiter in waiters[written:]:
             waiter.failed(Unavailable("the connection to the instance was lost before the command was sent"))
 
-    @property
-    def waiting(self) -> int:
-        """Waiters, tombstones included."""
-        return len(self._waiters)
-
     def waiters(self) -> Iterator[Waiter]:
         """Who waits, in order."""
         return iter(self._waiters)
@@ -473,12 +483,20 @@ async def connect(
         raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
         connection.close(ReplyLost("connect failed"))
-        raise ConnectFailed(f"cannot use {address.display}: {error}", error) from error
+        raise connect_failed(address, error) from error
     except BaseException:
         connection.close(ReplyLost("connect was given up"))
         raise
     connection.state = State.READY
     return connection
+
+
+def connect_failed(address: Address, error: Exception) -> ConnectFailed:
+    """What to raise where connecting and logging in ended in `error`."""
+    detail = f"cannot use {address.display}: {error}"
+    if address.delegated and str(error).startswith("AUTH was refused: WRONGPASS"):
+        return LoginRefused(detail, error)
+    return ConnectFailed(detail, error)
 
 
 async def open_transport(loop: asyncio.AbstractEventLoop, factory: Callable[[], Any], address: Address) -> None:

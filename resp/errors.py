@@ -33,6 +33,10 @@ class ConnectFailed(Unavailable):
         self.cause = cause  # not __cause__: a raise in compiled code does not set it
 
 
+class LoginRefused(ConnectFailed):
+    """The login that a client brought (`Address.delegated`) is wrong, or no longer right."""
+
+
 class ReplyLost(RespError):
     """The command was passed to the transport and its reply was lost: it may have run."""
 

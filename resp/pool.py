@@ -12,6 +12,8 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 from resp.address import Address
@@ -28,6 +30,10 @@ TICK_SECONDS = 0.1
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 0.5
 """After a failed connect, commands are refused for this long at the most before the next attempt."""
+SLOW_SECONDS = 0.2
+"""Waiters are told of it once they wait for longer."""
+MAX_SLOW_WAITERS = 100
+"""As many per connection and tick."""
 MAX_QUEUED_BYTES = 64 * 1024 * 1024
 """Encoded commands that wait for a lane's connection."""
 
@@ -54,8 +60,10 @@ class Pool:
     """At most `size` connections to `address`, made when needed and closed after `idle_timeout` seconds unused.
 
     Args:
-        size: connections at most, those that only answer their last waiters included.
-        max_waiting: replies owed, beyond which commands are refused with `Unavailable`.
+        size: connections at most, those that only answer their last waiters included; 2 or more, since the slow lane
+            never takes the last place.
+        max_waiting: waiters per connection, and in a lane's queue, beyond which commands are refused with
+            `Unavailable`. How many commands each has sent does not count: memory is bounded in bytes.
         connect_timeout, command_timeout, stall_timeout, idle_timeout: seconds.
     """
 
@@ -88,7 +96,7 @@ class Pool:
         self._last_used = 0.0
         self._backoff = 0.0
         self._retry_at = 0.0
-        self._last_error = ""
+        self._last_error = ConnectFailed("")
         self.closed = False
 
     # The straight line
@@ -108,7 +116,7 @@ class Pool:
             self._enqueue(lane, payload, waiter)
             return None
         if connection.pending >= self._max_waiting:
-            raise Unavailable(f"{connection.pending} commands are waiting for this instance already")
+            raise Unavailable(f"{connection.pending} requests are waiting for this instance already")
         if connection.choked and not connection.accepts(len(payload)):
             raise Unavailable("the instance does not read its commands fast enough")
         self._used = True
@@ -120,7 +128,7 @@ class Pool:
         connection = lane.choose()
         if connection is not None and connection.pending and not lane.connecting:
             # Busy: the next slow command finds a connection of its own, this one need not wait for it.
-            if len(lane.connections) < lane.limit and self._count() < self._size:
+            if self._has_place(lane):
                 return None
         return connection
 
@@ -130,7 +138,7 @@ class Pool:
         if self.closed:
             raise Unavailable("the instance is being closed")
         if now < self._retry_at:
-            raise Unavailable(self._last_error)
+            raise self._last_error.with_traceback(None)
         if len(lane.queue) >= self._max_waiting or lane.queued_bytes + len(payload) > MAX_QUEUED_BYTES:
             raise Unavailable("too many commands are waiting for a connection to this instance")
         lane.queue.append((payload, waiter))
@@ -143,12 +151,29 @@ class Pool:
         lanes = (self._fast, self._slow)
         return len(self._draining) + sum(len(lane.connections) + (lane.connecting is not None) for lane in lanes)
 
+    def _has_place(self, lane: _Lane) -> bool:
+        """Whether one more connection for `lane` stays within the bounds; the fast lane's place is kept for it."""
+        if len(lane.connections) >= lane.limit:
+            return False
+        slow = self._slow
+        others = len(self._draining) + len(slow.connections) + (slow.connecting is not None)
+        return others < self._size - (lane is slow)
+
+    def _evict_stalled(self) -> None:
+        """Free a place that a reply occupies whose reader does not take it; of several, the one longest stalled."""
+        now = time.monotonic()
+        stalled = [connection for connection in self._draining if connection.stalled(now)]
+        if stalled:
+            min(stalled, key=lambda connection: connection.paused_since).evict_reader()
+
     def _grow(self, lane: _Lane) -> None:
         """Connect once more for `lane`, if its queue needs it; never two attempts at a time per lane."""
         if lane.connecting is not None or not lane.queue or self.closed:
             return
-        if len(lane.connections) >= lane.limit or self._count() >= self._size:
+        if not self._has_place(lane):
             self._flush_queue(lane)
+            if lane.queue:
+                self._evict_stalled()
             return
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
@@ -163,7 +188,7 @@ class Pool:
                 log.warning("%s", error.detail)
             self._backoff = min(self._backoff * 2 or FIRST_BACKOFF_SECONDS, MAX_BACKOFF_SECONDS)
             self._retry_at = time.monotonic() + self._backoff
-            self._last_error = str(error)
+            self._last_error = error
             lane.connecting = None
             if lane.connections:
                 self._flush_queue(lane)
@@ -232,29 +257,45 @@ class Pool:
             self._last_used = now
         for connection in [*self._fast.connections, *self._slow.connections, *self._draining]:
             connection.tick(now, self._stall_timeout)
+            self._tell_slow(connection.waiters(), now)
         for lane in (self._fast, self._slow):
+            self._tell_slow((waiter for _, waiter in lane.queue), now)
             if not lane.connecting:
+                self._grow(lane)
                 while lane.queue and lane.queue[0][1].deadline <= now:
                     payload, waiter = lane.queue.popleft()
                     lane.queued_bytes -= len(payload)
                     waiter.failed(Unavailable("no connection to the instance became free in time"))
         if now - self._last_used > self._idle_timeout:
             for connection in [*self._fast.connections, *self._slow.connections]:
-                if not connection.waiting:
+                if not connection.pending:
                     connection.retire()
         if self._count():
             self._arm()
 
+    def _tell_slow(self, waiters: Iterable[Waiter], now: float) -> None:
+        sent = now + self.command_timeout  # a deadline is so much later than what it began with
+        for waiter in [*islice(waiters, MAX_SLOW_WAITERS)]:
+            seconds = sent - waiter.deadline
+            if seconds < SLOW_SECONDS:
+                break
+            waiter.slow(seconds)
+
     # Off the straight line
 
-    async def call(self, *argv: bytes, slow: bool = True) -> Any:
+    async def call(self, *argv: bytes, slow: bool = True, counts_as_use: bool = True) -> Any:
         """Send one command and return its reply as `Parser(text=False)` gives it; errors are `ErrorReply` values.
+
+        What does not count as use keeps no idle connection open.
 
         Raises:
             RespError: no reply.
         """
         waiter = FutureWaiter(1, asyncio.get_running_loop())
+        used, last_used = self._used, self._last_used
         self.submit(encode_command(argv), waiter, slow)
+        if not counts_as_use:
+            self._used, self._last_used = used, last_used
         frame = await waiter.future
         if frame_depth(frame) > 64:
             raise RespError("a reply nested too deep for this command")
@@ -279,9 +320,19 @@ class Pool:
         return self._fast.current
 
     @property
+    def last_used(self) -> float:
+        """When something was submitted last, to `TICK_SECONDS`; monotonic, 0 for never."""
+        return self._last_used
+
+    @property
     def connection_count(self) -> int:
         """Connections open or being made."""
         return self._count()
+
+    def renew(self) -> None:
+        """Log in anew for what is submitted from now on; what was submitted is answered first."""
+        for connection in [*self._fast.connections, *self._slow.connections]:
+            connection.retire()
 
     def close(self) -> None:
         """Admit nothing new and close every connection after its last reply."""

@@ -8,12 +8,13 @@ and forgotten, since resuming would hide the gap.
 
 import asyncio
 import time
+from collections import deque
 from typing import Any, Protocol, cast
 
 import hiredis
 
 from resp.address import Address
-from resp.connection import login_commands, open_transport
+from resp.connection import connect_failed, login_commands, open_transport
 from resp.encoder import encode_command, encode_commands
 from resp.errors import ConnectFailed, ReplyLost, RespError, Unavailable
 from resp.parser import ErrorReply, as_value
@@ -46,7 +47,7 @@ class Subscriber(Protocol):
         """A message; called once per subscription that matches."""
 
     def lost(self, error: RespError) -> None:
-        """Nothing more will come. `Unavailable` if nothing was ever subscribed."""
+        """Nothing more will come, of anything it listened to. `Unavailable` if Redis refused or was not there."""
 
 
 class PushConnection(asyncio.Protocol):
@@ -144,7 +145,7 @@ async def connect_push(address: Address, timeout: float, on_reply: Any, on_lost:
         raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
         connection.close(ReplyLost("failed"))
-        raise ConnectFailed(f"cannot use {address.display}: {error}", error) from error
+        raise connect_failed(address, error) from error
     except BaseException:
         connection.close(ReplyLost("given up"))
         raise
@@ -166,6 +167,11 @@ class PushHub:
     def connected(self) -> bool:
         """Whether a connection is open."""
         return self._connection is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether a connection is open or being made."""
+        return self._connection is not None or self._connecting is not None
 
     def _open(self) -> None:
         if self._connection is None and self._connecting is None:
@@ -250,6 +256,7 @@ class SubscriptionHub(PushHub):
     def __init__(self, address: Address, *, connect_timeout: float) -> None:
         super().__init__(address, connect_timeout=connect_timeout)
         self._topics: dict[tuple[bool, bytes], _Topic] = {}
+        self._asked: deque[tuple[bool, bytes] | None] = deque()  # what Redis has yet to answer; None: no subscription
 
     def subscribe(self, subscriber: Subscriber, channels: list[bytes], *, pattern: bool) -> None:
         """Listen to channels, or to patterns; outcomes come by the subscriber's methods, never from this call."""
@@ -278,6 +285,7 @@ class SubscriptionHub(PushHub):
                 if not topic.expected:
                     del self._topics[pattern, channel]
                 if self._connection is not None:
+                    self._asked.append(None)
                     self._connection.write(encode_command([b"PUNSUBSCRIBE" if pattern else b"UNSUBSCRIBE", channel]))
         if not self._wanted():
             self._topics.clear()
@@ -290,12 +298,18 @@ class SubscriptionHub(PushHub):
     def _ask(self, channel: bytes, pattern: bool, topic: _Topic) -> None:
         assert self._connection is not None
         topic.expected += 1
+        self._asked.append((pattern, channel))
         self._connection.write(encode_command([b"PSUBSCRIBE" if pattern else b"SUBSCRIBE", channel]))
+
+    def _ping(self, connection: PushConnection) -> None:
+        self._asked.append(None)
+        super()._ping(connection)
 
     def _wanted(self) -> bool:
         return any(topic.subscribers for topic in self._topics.values())
 
     def _connected(self, connection: PushConnection) -> None:
+        self._asked.clear()
         for (pattern, channel), topic in self._topics.items():
             if topic.subscribers:
                 self._ask(channel, pattern, topic)
@@ -303,7 +317,7 @@ class SubscriptionHub(PushHub):
     def _received(self, reply: Any) -> None:
         assert self._connection is not None
         if isinstance(reply, ErrorReply):
-            self._connection.close(Unavailable(str(reply)))
+            self._refused(Unavailable(str(reply)))
             return
         if not isinstance(reply, list) or len(reply) < 2 or not isinstance(reply[0], bytes):
             self._connection.close(ReplyLost("the instance broke the protocol: not a message"))
@@ -313,9 +327,27 @@ class SubscriptionHub(PushHub):
             self._deliver((False, reply[1]), Message(reply[1], reply[2]))
         elif kind == b"pmessage" and len(reply) == 4:
             self._deliver((True, reply[1]), Message(reply[2], reply[3], reply[1]))
-        elif kind in (b"subscribe", b"psubscribe"):
-            self._confirmed(kind == b"psubscribe", reply[1])
+        elif self._asked:
+            self._asked.popleft()
+            if kind in (b"subscribe", b"psubscribe"):
+                self._confirmed(kind == b"psubscribe", reply[1])
         # Confirmed unsubscriptions and PONG need nothing.
+
+    def _refused(self, error: Unavailable) -> None:
+        """Tell those who wait for what Redis has just refused; it has said nothing about the others."""
+        asked = self._asked.popleft() if self._asked else None
+        topic = self._topics.get(asked) if asked is not None else None
+        if topic is None:
+            return
+        topic.expected -= 1
+        if topic.expected:
+            return
+        if asked is not None and not topic.subscribers:
+            del self._topics[asked]
+        for subscriber in list(topic.subscribers):
+            for pattern, channel in [key for key, other in self._topics.items() if subscriber in other.subscribers]:
+                self.unsubscribe(subscriber, [channel], pattern=pattern)
+            subscriber.lost(error)
 
     def _confirmed(self, pattern: bool, channel: bytes) -> None:
         topic = self._topics.get((pattern, channel))

@@ -116,6 +116,18 @@ expires = 2001-01-01T00:00:00Z
 name = "short"
 token = "hidden"
 instance = "fine"
+[[tokens]]
+name = "stranger"
+token = "0123456789abcdeg"
+instance = "fine"
+user = "reader"
+password = "hidden-too"
+[[tokens]]
+name = "known"
+token = "0123456789abcdeh"
+instance = "fine"
+user = "reader"
+password = "pw"
 """
     )
     done = run("check", "--config", "r.toml", cwd=tmp_path)
@@ -128,6 +140,12 @@ instance = "fine"
     assert "FAIL" in sections["plain"]
     assert "TLS" in sections["plain"]
     assert "login as default accepted" in sections["fine"]
+    assert "no token names it" in sections["away"] + done.stdout.partition("instances")[2]
+    tokens = done.stdout.partition("token old")[2]
+    assert "its user reader cannot log in" in tokens
+    assert "check user and password of the token" in tokens
+    assert "token known" not in tokens
+    assert "hidden-too" not in done.stdout
     assert "there is no such socket" in sections["nosocket"]
     assert "it has expired" in done.stdout
     assert "easy to guess" in done.stdout
@@ -135,3 +153,10 @@ instance = "fine"
     assert "Something has to be mended." in done.stdout
     assert "hidden" not in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_check_says_that_there_is_no_token(tmp_path: Path, redis_server: RedisServer) -> None:
+    (tmp_path / "r.toml").write_text(f'[[instances]]\nid = "a"\nurl = "{redis_server.url}"\n')
+    done = run("check", "--config", "r.toml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "there is no token" in done.stdout

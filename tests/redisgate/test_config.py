@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from redisgate.config import SETTINGS, ConfigError, Limits, Settings, ensure_secret_key, load
+from redisgate.config import SETTINGS, SINGLE, ConfigError, Limits, Settings, ensure_secret_key, load
 from redisgate.policy import Scope
 from redisgate.reference import BOUNDS, reference_page
 from resp.address import Address
@@ -32,6 +32,86 @@ def test_one_instance_by_variables(tmp_path: Path) -> None:
     assert "the-token" not in repr(settings)
 
 
+SINGLE_VALUES: dict[str, tuple[Any, str, str]] = {  # as in OTHER_VALUES
+    "redis_pool_size": (3, "4", "5"),
+    "redis_max_waiting": (30, "40", "50"),
+    "redis_connect_timeout": ("1s", "2s", "3s"),
+    "redis_command_timeout": ("1s", "2s", "3s"),
+    "redis_stall_timeout": ("1s", "2s", "3s"),
+    "redis_idle_timeout": ("1s", "2s", "3s"),
+    "redis_capacity": ("1MiB", "2MiB", "3MiB"),
+    "redis_tls_ca_file": ("a", "b", "c"),
+    "redis_tls_cert_file": ("a", "b", "c"),
+    "redis_tls_key_file": ("a", "b", "c"),
+    "redis_tls_server_name": ("a", "b", "c"),
+    "redis_tls_verify": (False, "true", "false"),
+}
+
+
+@pytest.mark.parametrize("setting", SINGLE, ids=lambda setting: setting.name)
+def test_flag_before_variable_before_file_for_one_instance(setting: Any, tmp_path: Path) -> None:
+    url = "rediss://h:1"
+    if setting.name == "redis_url":
+        values: tuple[Any, ...] = ("redis://file", "redis://variable", "redis://flag")
+    elif setting.name.endswith("token_file") or setting.name == "srh_tokens":
+        values = ("in-file", "in-variable", "in-flag")
+        for name in values:
+            entry = f'{{"{name}": {{"srh_id": "{name}", "connection_string": "redis://h"}}}}'
+            (tmp_path / name).write_text(entry if setting.name == "srh_tokens" else name)
+    elif setting.secret:
+        values = ("in-file", "in-variable")
+    else:
+        values = SINGLE_VALUES[setting.name]
+
+    def seen(flag: Any = None, environ: dict[str, str] | None = None) -> Any:
+        toml = f"{setting.name} = {str(values[0]).lower() if isinstance(values[0], int) else repr(values[0])}\n"
+        given = {"REDISGATE_REDIS_URL": url, "REDISGATE_TOKEN": "the-token", **(environ or {})}
+        if setting.name == "redis_url" and environ is None:
+            del given["REDISGATE_REDIS_URL"]
+        if setting.name in ("token", "token_file") and environ is None:
+            del given["REDISGATE_TOKEN"]
+        settings = configure(tmp_path, toml, given, **({} if flag is None else {setting.name: flag}))
+        instance = settings.instances[0]
+        if setting.name == "redis_url":
+            return instance.address.host
+        if "token" in setting.name:
+            return settings.tokens[-1].token
+        name = setting.name.removeprefix("redis_")
+        if name.startswith("tls_"):
+            return getattr(instance.address, name.removeprefix("tls_"))
+        return getattr(instance, name)
+
+    def expected(value: Any) -> Any:
+        return value.removeprefix("redis://") if setting.name == "redis_url" else setting.parse(value)
+
+    assert seen() == expected(values[0])
+    if setting.name != "token_file":
+        assert seen(environ={setting.variable: values[1]}) == expected(values[1])
+    if not setting.secret and setting.name != "token_file":
+        assert seen(values[2], {setting.variable: values[1]}) == expected(values[2])
+
+
+def test_tokens_of_the_file_may_be_for_the_instance_of_the_variables(tmp_path: Path) -> None:
+    tables = '[[tokens]]\nname = "t"\ntoken = "from-the-file"\n'
+    settings = configure(tmp_path, tables, {"REDISGATE_REDIS_URL": "redis://h"})
+    assert [(token.token, token.instance) for token in settings.tokens] == [("from-the-file", "default")]
+    settings = configure(tmp_path, tables, ONE)
+    assert [token.token for token in settings.tokens] == ["the-token", "from-the-file"]
+
+
+def test_a_tokens_file_of_srh_counts_beside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "tokens.json").write_text('{"t": {"srh_id": "s", "connection_string": "redis://h"}}')
+    settings = configure(tmp_path, HEAD, srh_tokens="tokens.json")
+    assert [instance.id for instance in settings.instances] == ["a", "s"]
+    with pytest.raises(ConfigError, match=r"cannot read .*missing\.json"):
+        configure(tmp_path, HEAD, srh_tokens="missing.json")
+
+
+def test_no_token_at_all_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure(tmp_path, HEAD)
+    assert "there is no token" in capsys.readouterr().err
+
+
 OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variable, as a flag
     "host": ("10.0.0.1", "10.0.0.2", "10.0.0.3"),
     "base_domain": ("a.example", "b.example", "c.example"),
@@ -50,6 +130,7 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     **{name: (["a"], "b, c", "d") for name in ("previous_secret_keys", "encryption_keys")},
     **dict.fromkeys(("public_url", "audit_key", "mailer", "redis_server", "instances_dir"), ("a", "b", "c")),
     **dict.fromkeys(("migrate_on_start", "registration", "allow_private_addresses"), (True, "false", "true")),
+    "access_log": ("off", "all", "errors"),
 }
 
 
@@ -121,6 +202,9 @@ password_env = "APP_PASSWORD"
         ("limits = 3\n" + HEAD, "limits is not a table"),
         ("[limits]\nmax_body_bytes = 0\n" + HEAD, "limits.max_body_bytes: expected a size above zero"),
         ("[limits]\nidle_timeout = true\n" + HEAD, "limits.idle_timeout: expected a time above zero"),
+        ("instances = 3", "instances is no list of tables; each of them begins with a line [[instances]]"),
+        ("tokens = [3]\n" + HEAD, "tokens is no list of tables; each of them begins with a line [[tokens]]"),
+        ('[instances]\nid = "a"\nurl = "redis://h"', "begins with a line [[instances]]"),
         ('[[instances]]\nurl = "redis://h"', "instances[0] has no id"),
         ('[[instances]]\nid = "a"', "instances[0] has no url"),
         ('[[instances]]\nid = "a/b"\nurl = "redis://h"', "id: expected 1 to 63 letters"),
@@ -128,6 +212,7 @@ password_env = "APP_PASSWORD"
         ('[[instances]]\nid = "a"\nurl_env = "NOT_THERE"', "the variable NOT_THERE, which is not set"),
         (HEAD + 'tls_ca_file = "x"', "tls_ settings need a rediss:// URL"),
         (HEAD + HEAD, "two instances are called 'a'"),
+        (HEAD + HEAD.replace('"a"', '"A"'), "two instances are called 'a'"),
         (HEAD + '[[tokens]]\ntoken = "t"', "tokens[0] has no name"),
         (HEAD + '[[tokens]]\nname = "t"', "tokens[0] (t) has no token"),
         (HEAD + '[[tokens]]\nname = "t"\ntoken = "a b"', "printable ASCII without spaces"),
@@ -159,6 +244,9 @@ def test_what_is_wrong_is_said_in_one_line(toml: str, expected: str, tmp_path: P
         ({**ONE, "REDISGATE_REDIS_URL": "redis://:password@h:port"}, "the port is not a number"),
         ({**ONE, "REDISGATE_PORT": "many"}, "REDISGATE_PORT: expected a whole number"),
         ({**ONE, "REDISGATE_SECRET_KEY": "password"}, "shorter than 16 characters"),
+        ({"REDISGATE_REDIS_POOL_SIZE": "3"}, "redis_pool_size is set, but not redis_url"),
+        ({**ONE, "REDISGATE_REDIS_TLS_CA_FILE": "x"}, "tls_ settings need a rediss:// URL"),
+        ({**ONE, "REDISGATE_TOKEN": "a password"}, "printable ASCII without spaces"),
         ({"REDISGATE_CONFIG": "not-there.toml"}, "No such file"),
     ],
 )

@@ -3,6 +3,7 @@
 A client can always tell whether its write may have run.
 """
 
+import json
 import os
 import signal
 import socket
@@ -326,6 +327,37 @@ def test_a_reader_that_stalls_does_not_hold_up_its_neighbours(gateway: Gateway) 
         client.command("DEL", "large")
 
 
+def test_readers_that_take_nothing_do_not_use_up_the_connections(redis_server: RedisServer, tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(f"""
+[[instances]]
+id = "one"
+url = "{redis_server.unix_url}"
+pool_size = 3
+[[tokens]]
+name = "t"
+token = "token"
+""")
+    gateway = Gateway({}, ["--config", str(config), "--workers", "1"])
+    stalled = []
+    try:
+        with Client(gateway.port) as client:
+            client.request("POST", "/set/large", b"x" * 9_000_000)
+            for _ in range(5):
+                reader = Client(gateway.port)
+                stalled.append(reader)
+                reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                reader.send("GET", "/get/large")
+                assert reader.read_head()[0] == 200
+            assert client.get("/ping").result == "PONG"
+            assert client.get("/eval/return%201/0").result == 1
+            client.command("DEL", "large")
+    finally:
+        for reader in stalled:
+            reader.close()
+        gateway.stop()
+
+
 def test_a_slow_listener_is_cut_off_with_an_error_event(redis_server: RedisServer) -> None:
     gateway = Gateway(
         single_instance(redis_server),
@@ -346,8 +378,25 @@ def test_a_slow_listener_is_cut_off_with_an_error_event(redis_server: RedisServe
             while chunk := listener.read_chunk():
                 last = chunk
             assert last.startswith(b"event: error\ndata: ERR ")
+            assert listener.file.read() == b""
     finally:
         gateway.stop()
+
+
+def test_a_stream_that_redis_ends_closes_its_connection(gateway: Gateway, redis_server: RedisServer) -> None:
+    request = "GET /subscribe/e HTTP/{}\r\nHost: a\r\nAuthorization: Bearer token\r\n\r\n"
+    for version in ("1.0", "1.1"):
+        with Client(gateway.port) as listener:
+            # What is pipelined behind a stream is not answered, and the client is told so.
+            listener.sock.sendall(request.format(version).encode() + b"GET /ping HTTP/1.1\r\nHost: a\r\n\r\n")
+            status, headers = listener.read_head()
+            assert (status, headers["connection"]) == (200, "close")
+            while b"data: subscribe,e,1" not in listener.file.readline():
+                pass
+            redis_server.raw(b"CLIENT KILL TYPE pubsub\r\n", 1)
+            rest = listener.file.read()
+            assert b"event: error\n" in rest
+            assert rest.endswith(b"0\r\n\r\n") == (version == "1.1")
 
 
 def test_too_many_waiting_commands_are_refused_before_they_are_sent(redis_server: RedisServer, tmp_path: Path) -> None:
@@ -374,6 +423,33 @@ token = "token"
         statuses = [client.read().status for client in clients]
         assert statuses.count(503) == 20
         assert int(clients[0].get("/get/n").result) == statuses.count(200) == 20
+    finally:
+        for client in clients:
+            client.close()
+        gateway.stop()
+        server.stop()
+
+
+def test_pipelines_of_many_commands_are_not_refused(redis_server: RedisServer) -> None:
+    server = RedisServer()
+    gateway = Gateway(single_instance(server), ["--workers", "1"])
+    clients = [Client(gateway.port) for _ in range(12)]
+    try:
+        clients[0].get("/ping")
+        body = json.dumps([["INCR", "n"]] * 1_000).encode()
+        server.pause()
+        for client in clients[:-1]:
+            client.send("POST", "/pipeline", body)
+            with Client(gateway.port, None) as other:  # once this is answered, the pipeline has been taken
+                assert other.get("/health").status == 200
+        clients[-1].send("GET", "/incr/n")
+        server.resume()
+        assert [client.read().status for client in clients] == [200] * 12
+        assert clients[0].get("/get/n").result == "11001"
+        # Longer ones have a connection of their own, so that nobody waits for them.
+        own = clients[0].get("/client/id").result
+        assert clients[0].post("/pipeline", [["CLIENT", "ID"]] * 1_000).json()[0]["result"] == own
+        assert clients[0].post("/pipeline", [["CLIENT", "ID"]] * 1_001).json()[0]["result"] != own
     finally:
         for client in clients:
             client.close()

@@ -67,6 +67,7 @@ class Echo:
 
     def __init__(self, *, at_once: bool = True) -> None:
         self.requests: list[tuple[bytes, bytes, bytes]] = []
+        self.hosts: list[bytes] = []
         self.exchanges: list[Exchange] = []
         self.prepared = 0
         self._at_once = at_once
@@ -77,6 +78,7 @@ class Echo:
 
     def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: Any, body: bytes) -> None:
         self.requests.append((method, target, body))
+        self.hosts.append(head.host)
         exchange = Exchange(connection, head, method)
         self.exchanges.append(exchange)
         if self._at_once:
@@ -184,6 +186,10 @@ REFUSED = {
     "NUL in a value": (b"GET / HTTP/1.1\r\nHost: a\r\nX: \0\r\n\r\n", 400),
     "no host": (b"GET / HTTP/1.1\r\nX: a\r\n\r\n", 400),
     "no header at all": (b"GET / HTTP/1.1\r\n\r\n", 400),
+    "no host beside the target's": (b"GET http://a/ HTTP/1.1\r\nX: a\r\n\r\n", 400),
+    "two hosts beside the target's": (b"GET http://a/ HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+    "a user in the target": (b"GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "another scheme": (b"GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
     "two hosts": (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
     "a host with a space": (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
     "two authorizations": (b"GET / HTTP/1.1\r\nHost: a\r\nAuthorization: a\r\nAuthorization: a\r\n\r\n", 400),
@@ -236,6 +242,60 @@ async def test_the_refusal_names_limit_and_actual_size() -> None:
     connection, transport = connect(Echo(), max_body_bytes=10)
     connection.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 11\r\n\r\n")
     assert b"ERR max request size exceeded. Limit: 10 bytes, Actual: 11 bytes" in transport.written
+    connection, transport = connect(Echo(), max_body_bytes=10)
+    connection.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nB\r\n")
+    assert b"ERR max request size exceeded. Limit: 10 bytes, Actual: 11 bytes" in transport.written
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [(b"http://b.test/ping", b"b.test"), (b"HTTPS://b.test:81", b"b.test:81"), (b"/ping", b"a.test")],
+)
+async def test_the_host_of_an_absolute_target_counts(target: bytes, host: bytes) -> None:
+    gateway = Echo()
+    connection, _ = connect(gateway)
+    connection.data_received(b"GET %b HTTP/1.1\r\nX: y\r\nhost: a.test\r\n\r\n" % target)
+    assert gateway.hosts == [host]
+    assert gateway.requests[0][1].startswith(b"/")
+
+
+@pytest.mark.parametrize("rest", [b"", b"GET /unfinished HTTP/1.1\r\n", b"GET / HTTP/1.1\r\n\r\n"])
+async def test_a_client_that_closes_its_side_gets_all_its_answers(rest: bytes) -> None:
+    gateway = Echo(at_once=False)
+    connection, transport = connect(gateway, max_pipelined_requests=3)
+    connection.data_received(b"".join(b"GET /%d HTTP/1.1\r\nHost: a\r\n\r\n" % number for number in range(10)) + rest)
+    assert connection.eof_received()
+    while len(gateway.requests) < 10 or connection.exchanges:
+        assert not transport.closed
+        connection.exchanges[0].respond(200, b"", b"text/plain")
+        await settle()
+    assert transport.statuses() == [200] * 10 + [400] * (b"\r\n\r\n" in rest)
+    assert transport.closed or transport.eof
+    assert not connect(gateway)[0].eof_received()
+
+
+async def test_a_refusal_waits_for_the_answers_before_it() -> None:
+    gateway = Echo(at_once=False)
+    connection, transport = connect(gateway)
+    connection.data_received(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
+    connection.data_received(b"GARBAGE\r\n\r\n")
+    assert connection.deadline == float("inf")
+    assert not transport.eof
+    gateway.exchanges[0].respond(200, b"", b"text/plain")
+    assert transport.statuses() == [200, 400]
+    assert transport.eof
+    assert connection.deadline < connection.server.now + 3
+
+
+async def test_a_body_behind_another_request_has_its_time_too() -> None:
+    gateway = Echo(at_once=False)
+    connection, transport = connect(gateway, body_timeout=5.0)
+    connection.data_received(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n")
+    connection.data_received(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab")
+    gateway.exchanges[0].respond(200, b"", b"text/plain")
+    assert connection.deadline <= connection.server.now + 5
+    connection.overdue()
+    assert transport.statuses() == [200, 408]
 
 
 async def test_continue_is_sent_before_the_body_and_only_then() -> None:

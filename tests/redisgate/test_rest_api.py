@@ -355,6 +355,14 @@ def test_a_reply_nested_too_deep_is_an_error_for_its_command_alone(client: Clien
     pipeline = client.post("/pipeline", [["ECHO", "a"], ["EVAL", script % 7000, 0], ["ECHO", "b"]]).json()
     assert pipeline[0] == {"result": "a"}
     assert "nests deeper" in pipeline[1]["error"]
+    # One that is too large to be held is streamed, however deep.
+    large = "local t={string.rep('x',400000)} for i=2,tonumber(ARGV[1]) do t={t} end return t"
+    response = client.command("EVAL", large, 0, 2000)
+    assert response.status == 200
+    assert response.body == b'{"result":' + b"[" * 2000 + b'"' + b"x" * 400_000 + b'"' + b"]" * 2000 + b"}"
+    body = client.post("/pipeline", [["ECHO", "a"], ["EVAL", large, 0, 2000], ["ECHO", "b"]]).body
+    assert body.startswith(b'[{"result":"a"},{"result":[[')
+    assert body.endswith(b']]},{"result":"b"}]')
     assert pipeline[2] == {"result": "b"}
     assert client.command("EVAL", script % 7000, 0).status == 400
     assert client.command("EVAL", script % 900, 0).body == b'{"result":' + b"[" * 901 + b"]" * 901 + b"}"
@@ -505,6 +513,12 @@ def test_monitor_shows_commands(gateway: Gateway, client: Client) -> None:
 
 def test_streams_need_a_channel_and_a_token(gateway: Gateway, client: Client) -> None:
     assert client.get("/subscribe").status == 400
+    for target in ("/subscribe/head", "/psubscribe/head", "/monitor"):
+        head = client.request("HEAD", target)
+        assert head.status == 200
+        assert head.headers["content-type"] == "text/event-stream"
+        assert client.get("/echo/next").result == "next"
+    assert client.command("PUBSUB", "NUMSUB", "head").result == ["head", 0]
     with Client(gateway.port, "wrong") as stranger:
         assert stranger.get("/subscribe/x").status == 401
 
