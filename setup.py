@@ -23,6 +23,7 @@ COMPILED = [
     "resp/pool.py",
     "resp/scanner.py",
     "redisgate/access.py",
+    "redisgate/access_log.py",
     "redisgate/asgi.py",
     "redisgate/exchange.py",
     "redisgate/gateway.py",

@@ -270,6 +270,11 @@ class Grant:
             return self.instance.backend
         return self.instance.user_backend(*self.user)
 
+    @property
+    def instance_id(self) -> str | None:
+        """Of its instance; None where that is not yet chosen."""
+        return self.instance.id
+
     def names(self, reference: str) -> bool:
         """Whether its instance has this id, slug or label."""
         return reference in self.instance.names
@@ -294,6 +299,10 @@ class Keyring(Grant):
         self.networks = tuple(networks)
         self.header_only = header_only
         self._choices: dict[str | None, Grant | Refusal] = {}
+
+    @property
+    def instance_id(self) -> str | None:
+        return None
 
     def names(self, reference: str) -> bool:
         return False

@@ -160,7 +160,7 @@ class Exchange(Waiter):
     def instance_id(self) -> str | None:
         """Of the instance that the token in the header names, if there is one."""
         grant = self._head.grant
-        return grant.instance.id if grant is not None else None
+        return grant.instance_id if grant is not None else None
 
     @property
     def gone(self) -> bool:
