@@ -357,6 +357,8 @@ class AccessFeed:
         counter = self._shared.claim(subject_digest(subject.bytes), self._index)
         lease = await self._leases.open(subject, daily, counter) if daily is not None else None
         limit = Limit(counter, rate, daily, workers=self._shared.workers, lease=lease)
+        if lease is not None:
+            lease.on_report = limit.flush
         self._limits[subject] = ((rate, daily), limit)
         return limit
 
