@@ -341,7 +341,7 @@ async def sample_instances(context: Context) -> None:
     """Look at the running instances that can be reached from this host, also those that nobody uses."""
     rows = await context.database.fetch(
         "SELECT i.id, i.endpoint, i.redis_user, i.password_encrypted FROM instances i"
-        " WHERE i.deleted_at IS NULL AND i.desired_state = 'running' AND i.endpoint IS NOT NULL AND NOT EXISTS"
+        " WHERE i.deleted_at IS NULL AND i.status = 'running' AND i.endpoint IS NOT NULL AND NOT EXISTS"
         " (SELECT FROM instance_samples s WHERE s.instance_id = i.id AND s.at >= date_trunc('minute', now()))"
     )
     turns = asyncio.Semaphore(MAX_SAMPLED_AT_ONCE)
