@@ -394,6 +394,9 @@ def test_usage_is_counted_per_key_and_instance(service: Service, owner: Api, ins
     record = owner.call("GET", f"api-keys/{key_id}")
     assert record["last_used_from"] == "127.0.0.1"
     assert record["last_used_at"] is not None
+    managing, managing_id = owner.key(scopes=["usage.read"])
+    assert get(service, managing, f"/api/organizations/{owner.organization_id}/usage")[0] == 200
+    seconds_until(lambda: owner.call("GET", f"api-keys/{managing_id}")["last_used_at"], 15, "the other use")
 
 
 def test_health_of_an_instance_is_asked_now(owner: Api, service: Service, instance: Any, second: Any) -> None:
