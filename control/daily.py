@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from datetime import UTC, date, datetime
 from typing import Any, Final
 from uuid import UUID
@@ -57,6 +58,7 @@ class DailyLease:
         "limit",
         "low",
         "need",
+        "on_report",
         "renewed_at",
         "subject",
         "used",
@@ -76,6 +78,7 @@ class DailyLease:
         self.ask_at = 0.0  # monotonic; to ask before would not help
         self.renewed_at = 0.0  # monotonic
         self.idle = 0  # renewals without use
+        self.on_report: Callable[[float], None] | None = None  # to count what was spent and is not counted yet
         self.used = -1  # at the last renewal
 
     def ceiling(self, now: float, used: int) -> int:
@@ -242,6 +245,8 @@ class DailyLeases:
 
 def _report(lease: DailyLease, now: float, last: bool) -> tuple[int, int, int]:
     """What we hold, what we have used, and how much more we need; 0: nothing now, -1: nothing more."""
+    if lease.on_report is not None:
+        lease.on_report(now)
     used = lease.counter.day_usage(now)
     lease.used = used
     if last or lease.idle >= FORGET_RENEWALS:

@@ -18,6 +18,7 @@ from control import accounts, api_keys, instances
 from control.app import make_context
 from control.audit import Actor
 from control.database import Record
+from control.hosts import host_id
 from control.http import Context
 from control.migrate import migrate
 from redisgate.config import ConfigError, Settings
@@ -72,6 +73,12 @@ async def _prepare(settings: Settings, file: Path, administrator: bool) -> Demo:
         raise ConfigError(f"PostgreSQL cannot be reached: {error}") from error
     context = make_context(settings, name="redisgate dev")
     try:
+        # They were stopped with us the last time; otherwise the steward would take them for dead, and say so.
+        await context.database.execute(
+            "UPDATE instances SET status = 'updating', status_at = now() WHERE provisioner = 'local' AND host_id = $1"
+            " AND status = 'running' AND desired_state = 'running'",
+            host_id(settings.state_dir),
+        )
         user_id, organization_id = await _account(context, administrator)
         known = _read(file)
         demo = await _instance(context, user_id, organization_id, known)

@@ -72,6 +72,9 @@ _NONE_YET = Refusal(404, b"ERR there is no instance yet that this token is good 
 _NOT_RUNNING = Refusal(503, b"ERR the instance is not running", RETRY_AFTER)
 _BROKEN = Refusal(503, b"ERR the instance's credentials cannot be read; its operator finds the reason in the log")
 
+# The steward migrates a database that was away when the workers started.
+_NOT_MIGRATED = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.UndefinedFunctionError)
+
 log = logging.getLogger(__name__)
 
 
@@ -192,7 +195,7 @@ class AccessFeed:
                             return UNAUTHORIZED
                     elif found.subjects.isdisjoint(load.changed):
                         return self._keep(credential, reference, found)
-        except (DatabaseAway, TimeoutError) as error:
+        except (DatabaseAway, TimeoutError, *_NOT_MIGRATED) as error:
             raise Unavailable(_AWAY) from error
 
     # Loading
@@ -357,6 +360,8 @@ class AccessFeed:
         counter = self._shared.claim(subject_digest(subject.bytes), self._index)
         lease = await self._leases.open(subject, daily, counter) if daily is not None else None
         limit = Limit(counter, rate, daily, workers=self._shared.workers, lease=lease)
+        if lease is not None:
+            lease.on_report = limit.flush
         self._limits[subject] = ((rate, daily), limit)
         return limit
 
@@ -477,7 +482,7 @@ class AccessFeed:
             try:
                 async with asyncio.timeout(QUERY_SECONDS):
                     await self._catch_up()
-            except (DatabaseAway, TimeoutError):
+            except (DatabaseAway, TimeoutError, *_NOT_MIGRATED):
                 pass  # said by whoever needs it; here it only means that nothing new is known
             except Exception:
                 log.exception("cannot read what changed about access")

@@ -522,6 +522,9 @@ async def _api_key(request: ApiRequest, token: str) -> Principal:
         raise Unauthorized("this API key is revoked or has expired")
     if row["networks"] and not _in_networks(request.client_address, row["networks"]):
         raise Forbidden("this API key is not accepted from your address")
+    collector = request.context.extra.get("usage")
+    if collector is not None:
+        collector.note_use(row["id"], _address(request.client_address))
     return Principal(
         "api_key",
         user_id=row["user_id"],
@@ -706,6 +709,12 @@ def forwarded_address(peer: str, forwarded: str, trusted: Sequence[str]) -> str:
         except ValueError:
             break
     return address
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(text)
+    return None
 
 
 def _in_networks(address: str, networks: Sequence[Any]) -> bool:

@@ -338,11 +338,14 @@ def _described_html(entry: Endpoint) -> str:
                     f"<td>{f'<code>{html.escape(default)}</code>' if default else ''}"
                 )
             parts.append("</table>")
-    responses = _responses_text(entry)
-    parts.append(
-        "<table><tr><th>Answer<th>" + "".join(f"<tr><td>{c}<td>{_inline(t)}" for c, t in responses) + "</table>"
-    )
-    return "".join(parts) + "</details>"
+    if isinstance(entry.response, type) and issubclass(entry.response, msgspec.Struct):
+        parts.append(f"<table><tr><th>{'Each item' if entry.listing else 'Data'}<th>type")
+        for name, text, _, _ in field_rows(entry.response):
+            parts.append(f"<tr><td><code>{html.escape(name)}</code><td>{html.escape(text)}")
+        parts.append("</table>")
+    parts.append("<table><tr><th>Answer<th>")
+    parts += [f"<tr><td>{code}<td>{_inline(text)}" for code, text in _responses_text(entry)]
+    return "".join(parts) + "</table></details>"
 
 
 def _responses_text(entry: Endpoint) -> list[tuple[str, str]]:

@@ -37,7 +37,7 @@ class Plane:
         self.leases = DailyLeases(self.context.database, host_id(settings.state_dir))
         self.usage = UsageCollector(self.context.database, access)
         self.feed = AccessFeed(self.context, access, shared, index, usage=self.usage, leases=self.leases)
-        self.context.extra["feed"] = self.feed
+        self.context.extra["usage"] = self.usage
         busy = failure(Unavailable("too many requests are under way; try again", 1))
         self.http = AsgiServer(make_app(self.context), bytes(busy.body))
 

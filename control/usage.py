@@ -150,7 +150,7 @@ class UsageCollector:
         """Write what has come together. Raises DatabaseAway, and keeps it then."""
         self._gather()
         if self._sending is None:
-            if not self._pending:
+            if not self._pending and not self._used:
                 return
             self._batches += 1
             self._sending = _Batch(self._batches, self._pending, self._used)
@@ -172,7 +172,7 @@ class UsageCollector:
                 continue
             amount = _taken(cell)
             if whose.api_key_id != NO_KEY:
-                self._note_use(whose.api_key_id, now, cell.address)
+                self.note_use(whose.api_key_id, cell.address)
             cell.clear()
             known = self._pending.get((minute, whose))
             if known is None:
@@ -185,13 +185,14 @@ class UsageCollector:
             for key in sorted(self._pending, key=lambda key: key[0])[:excess]:
                 del self._pending[key]
 
-    def _note_use(self, api_key_id: UUID, now: float, address: IpAddress | None) -> None:
+    def note_use(self, api_key_id: UUID, address: IpAddress | None) -> None:
+        """A key is used now, from there; written with the usage."""
         written = self._used_written.get(api_key_id)
         if written is None or time.monotonic() - written >= LAST_USED_SECONDS:
             if len(self._used_written) > MAX_PENDING:
                 self._used_written.clear()
             self._used_written[api_key_id] = time.monotonic()
-            self._used[api_key_id] = datetime.fromtimestamp(now, UTC), address
+            self._used[api_key_id] = datetime.now(UTC), address
 
     async def _sample(self) -> None:
         while True:
@@ -236,6 +237,21 @@ async def _add(connection: Connection, writer: UUID, batch: _Batch) -> None:
             item[0][1].api_key_id,
         ),
     )
+    if rows:
+        await _add_rows(connection, rows)
+    if batch.used:
+        used = sorted(batch.used.items())
+        await connection.execute(
+            "UPDATE api_keys k SET last_used_at = n.at, last_used_from = coalesce(n.address, k.last_used_from)"
+            " FROM unnest($1::uuid[], $2::timestamptz[], $3::inet[]) AS n (id, at, address)"
+            " WHERE k.id = n.id AND (k.last_used_at IS NULL OR k.last_used_at < n.at)",
+            [key_id for key_id, _ in used],
+            [at for _, (at, _) in used],
+            [address for _, (_, address) in used],
+        )
+
+
+async def _add_rows(connection: Connection, rows: Sequence[tuple[tuple[datetime, Whose], Amount]]) -> None:
     names = ", ".join(COUNTS)
     counts = [[amount.counts[index] for _, amount in rows] for index in range(len(COUNTS))]
     placeholders = ", ".join(f"${6 + index}::bigint[]" for index in range(len(COUNTS)))
@@ -257,16 +273,6 @@ async def _add(connection: Connection, writer: UUID, batch: _Batch) -> None:
         *counts,
         ["{" + ",".join(map(str, _without_zeros(amount.latency))) + "}" for _, amount in rows],
     )
-    if batch.used:
-        used = sorted(batch.used.items())
-        await connection.execute(
-            "UPDATE api_keys k SET last_used_at = n.at, last_used_from = coalesce(n.address, k.last_used_from)"
-            " FROM unnest($1::uuid[], $2::timestamptz[], $3::inet[]) AS n (id, at, address)"
-            " WHERE k.id = n.id AND (k.last_used_at IS NULL OR k.last_used_at < n.at)",
-            [key_id for key_id, _ in used],
-            [at for _, (at, _) in used],
-            [address for _, (_, address) in used],
-        )
 
 
 def _without_zeros(latency: Sequence[int]) -> Sequence[int]:
@@ -341,7 +347,7 @@ async def sample_instances(context: Context) -> None:
     """Look at the running instances that can be reached from this host, also those that nobody uses."""
     rows = await context.database.fetch(
         "SELECT i.id, i.endpoint, i.redis_user, i.password_encrypted FROM instances i"
-        " WHERE i.deleted_at IS NULL AND i.desired_state = 'running' AND i.endpoint IS NOT NULL AND NOT EXISTS"
+        " WHERE i.deleted_at IS NULL AND i.status = 'running' AND i.endpoint IS NOT NULL AND NOT EXISTS"
         " (SELECT FROM instance_samples s WHERE s.instance_id = i.id AND s.at >= date_trunc('minute', now()))"
     )
     turns = asyncio.Semaphore(MAX_SAMPLED_AT_ONCE)

@@ -395,7 +395,8 @@ class AccessTable:
     ) -> Grant | Refusal | None:
         """What a credential grants on the instance that a request names; None: the source has to be asked.
 
-        `address` tells the client's address, and is called only where it matters.
+        `in_header`: it stands where a `header_only` credential has to. `address` tells the client's address, and is
+        called only where it matters.
         """
         grant = self._grants.get(credential)
         if grant is None:

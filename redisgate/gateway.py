@@ -225,8 +225,13 @@ class Gateway:
         credential, in_header = self._credential(target, head)
         found: Grant | Refusal | None = UNAUTHORIZED
         if credential:
+            # A session, which counts in the header only, counts under /redis/ only, too.
+            by_host = bool(self._host_suffix) and self._label(head) is not None
             found = self._access.resolve(
-                credential, reference, in_header=in_header, address=lambda: self._peers.client(connection, head)
+                credential,
+                reference,
+                in_header=in_header and not by_host,
+                address=lambda: self._peers.client(connection, head),
             )
         if isinstance(found, Grant):
             return found

@@ -1,6 +1,7 @@
 """What credentials of the control plane open on the data plane, tried on real workers."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -393,6 +394,9 @@ def test_usage_is_counted_per_key_and_instance(service: Service, owner: Api, ins
     record = owner.call("GET", f"api-keys/{key_id}")
     assert record["last_used_from"] == "127.0.0.1"
     assert record["last_used_at"] is not None
+    managing, managing_id = owner.key(scopes=["usage.read"])
+    assert get(service, managing, f"/api/organizations/{owner.organization_id}/usage")[0] == 200
+    seconds_until(lambda: owner.call("GET", f"api-keys/{managing_id}")["last_used_at"], 15, "the other use")
 
 
 def test_health_of_an_instance_is_asked_now(owner: Api, service: Service, instance: Any, second: Any) -> None:
@@ -419,11 +423,14 @@ def test_requests_that_are_too_large_for_the_organization_are_refused(
 def test_networks_are_those_of_the_client_behind_trusted_proxies(
     database_urls: Urls, tmp_path: Path, redis_server: RedisServer
 ) -> None:
-    trusting = {"REDISGATE_TRUSTED_PROXIES": "127.0.0.0/8,10.0.0.0/8", "REDISGATE_ALLOWED_NETWORKS": "127.0.0.0/8"}
+    trusting = {"REDISGATE_BASE_DOMAIN": "redis.test"} | {
+        "REDISGATE_TRUSTED_PROXIES": "127.0.0.0/8,10.0.0.0/8",
+        "REDISGATE_ALLOWED_NETWORKS": "127.0.0.0/8",
+    }
     service = Service(database_urls, tmp_path, "--workers", "1", **trusting)
     try:
         owner = register(service.port, "proxied")
-        owner.instance("proxied", redis_server.url + "/12")
+        made = owner.instance("proxied", redis_server.url + "/12")
         key, key_id = owner.key(allowed_networks=["203.0.113.0/24", "2001:db8::/32"])
         for forwarded, status in (
             ("203.0.113.9", 200),
@@ -438,5 +445,25 @@ def test_networks_are_those_of_the_client_behind_trusted_proxies(
         seconds_until(
             lambda: owner.call("GET", f"api-keys/{key_id}")["last_used_from"] == "203.0.113.9", 15, "the last use"
         )
+        # An instance's own domain names it, for every credential but a session.
+        plain, _ = owner.key()
+        owner.instance("another", redis_server.url + "/13")
+        for token, host, status in (
+            (made["rest_token"], made["domain"], 200),
+            (plain, made["domain"], 200),
+            (plain, "nobody.redis.test", 401),
+            (owner.token, made["domain"], 401),
+            (owner.token, f"{made['id']}.redis.test", 401),
+        ):
+            assert status_at(service.port, host, token) == status, (host, token)
     finally:
         service.stop()
+
+
+def status_at(port: int, host: str, token: str) -> int:
+    """The status of GET /ping with this Host."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.sendall(
+            f"GET /ping HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\nConnection: close\r\n\r\n".encode()
+        )
+        return int(sock.recv(4096).split()[1])

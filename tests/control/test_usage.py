@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import secrets
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -18,6 +19,7 @@ from redisgate.config import ControlSettings
 from redisgate.metering import BUCKETS, bucket_of, bucket_start, percentile
 from resp.commands import bundled_table
 from tests.control.people import Person, register
+from tests.servers import RedisServer
 
 
 @pytest.fixture
@@ -238,3 +240,38 @@ async def test_usage_waits_for_a_postgresql_that_is_away(context: Context, perso
     await away.flush()
     await away.flush()
     assert sum(row["commands"] for row in await rows(context, person.organization_id)) == 3
+
+
+async def test_the_duties_roll_up_and_look_at_instances(
+    context: Context, client: httpx.AsyncClient, person: Person, redis_server: RedisServer
+) -> None:
+    instance_id = uuid4()
+    for endpoint in ({"host": "127.0.0.1", "port": redis_server.port}, {"unix": "/nowhere/redis.sock"}):
+        one = instance_id if "host" in endpoint else uuid4()
+        await context.database.execute(
+            "INSERT INTO instances (id, organization_id, name, slug, label, provisioner, max_memory, status, endpoint,"
+            " token_digest, token_encrypted, readonly_token_digest, readonly_token_encrypted)"
+            " VALUES ($1, $2, $3, $3, $3, 'external', 0, 'running', $6, $4, '', $5, '')",
+            one,
+            person.organization_id,
+            f"s{one.hex[:8]}",
+            secrets.token_bytes(32),
+            secrets.token_bytes(32),
+            endpoint,
+        )
+    redis_server.raw(b"SET sampled 1\r\n", 5)
+    await usage.sample_instances(context)
+    await usage.sample_instances(context)
+    rows_of = await context.database.fetch("SELECT * FROM instance_samples WHERE instance_id = $1", instance_id)
+    assert 1 <= len(rows_of) <= 2  # one each minute
+    assert rows_of[0]["keys"] >= 1
+    assert rows_of[0]["memory"] > 0
+    await put(context, person.organization_id, context.now().replace(second=0, microsecond=0), 5)
+    await usage.roll_up(context)
+    await usage.roll_up(context)
+    assert sum(row["commands"] for row in await rows(context, person.organization_id, "day")) == 5
+    target = f"/api/organizations/{person.organization_id}/redis-instances/{instance_id}"
+    series = (await client.get(f"{target}/usage?step=minute", headers=person.headers)).json()["data"]["series"]
+    assert series[-1]["keys"] >= 1
+    health = (await client.get(f"{target}/health", headers=person.headers)).json()["data"]
+    assert (health["reachable"], health["keys"] >= 1) == (True, True)
