@@ -21,7 +21,7 @@ END_OF_RESULTS = "<!-- end of results -->"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description="How fast RedisGate is, beside what else there is.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS)}; default: all")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of load per case and turn (3)")
+    parser.add_argument("--seconds", type=int, default=3, help="of load per case and turn; whole ones (3)")
     parser.add_argument("--rounds", type=int, default=5, help="turns (5)")
     parser.add_argument("--only", default=",".join(STARTERS), help=f"of the servers {','.join(STARTERS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")

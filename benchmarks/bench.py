@@ -35,7 +35,7 @@ class Bench:
     `seconds` of load per case and turn, `rounds` turns. `results` holds what was measured: question → case → figures.
     """
 
-    seconds: float
+    seconds: int
     rounds: int
     only: tuple[str, ...] = tuple(STARTERS)
     results: dict[str, dict[str, Figures]] = field(default_factory=dict)

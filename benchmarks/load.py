@@ -70,7 +70,7 @@ def wrk(
     peer: Peer,
     path: str,
     *,
-    seconds: float,
+    seconds: int,
     connections: int = 64,
     method: str = "GET",
     body: bytes | None = None,
@@ -90,7 +90,7 @@ def wrk(
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as file:
         file.write(script)
         file.flush()
-        command = [program, "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "20s", "-s", file.name]
+        command = [program, "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "20s", "-s", file.name]
         for header in headers:
             command += ["-H", header]
         before = peer.server.usage()
@@ -113,7 +113,7 @@ def wrk(
     )
 
 
-def at_rate(peer: Peer, path: str, rate: float, *, seconds: float, connections: int = 16) -> Run:
+def at_rate(peer: Peer, path: str, rate: float, *, seconds: int, connections: int = 16) -> Run:
     """Send `rate` requests per second, whether or not `peer` is done with the last ones.
 
     Raises:
@@ -126,7 +126,7 @@ def at_rate(peer: Peer, path: str, rate: float, *, seconds: float, connections: 
         before = peer.server.usage()
         subprocess.run(
             [
-                *(program, "--h1", f"-c{connections}", "-t1", f"-D{seconds:g}", f"--rps={rate / connections:.3f}"),
+                *(program, "--h1", f"-c{connections}", "-t1", f"-D{seconds}", f"--rps={rate / connections:.3f}"),
                 *("-H", AUTHORIZATION, f"--log-file={log}", peer.url + path),
             ],
             capture_output=True,

@@ -18,7 +18,7 @@ CASES = {
 
 def test_a_run_asks_shows_and_names_what_is_missing() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "startup", "--seconds", "0.1", "--rounds", "1", "--only", "RedisGate"],
+        [sys.executable, "-m", "benchmarks", "startup", "--seconds", "1", "--rounds", "1", "--only", "RedisGate"],
         cwd=ROOT,
         capture_output=True,
         text=True,
