@@ -116,7 +116,9 @@ async def sign_in(
         # Once more: as many attempts as there are threads can be under way, and no more, before failures show.
         await throttle.check(database, subjects)
         user = await database.fetchrow(
-            f"SELECT {USER_COLUMNS}, password_hash, disabled_at FROM users WHERE lower(email) = lower($1)", email
+            f"SELECT {USER_COLUMNS}, password_hash, password_changed_at, disabled_at FROM users"
+            " WHERE lower(email) = lower($1)",
+            email,
         )
         right = await turn.verify(password, None if user is None else user["password_hash"])
         if not right or user is None or user["disabled_at"] is not None:
@@ -129,6 +131,15 @@ async def sign_in(
             await _store_rehash(context, turn, user, password)
     await throttle.succeeded(database, subjects)
     async with database.transaction() as connection:
+        # The password may have been changed, and all sessions ended, since it was looked at.
+        same = await connection.fetchval(
+            "SELECT true FROM users WHERE id = $1 AND password_changed_at = $2 AND disabled_at IS NULL"
+            " FOR NO KEY UPDATE",
+            user["id"],
+            user["password_changed_at"],
+        )
+        if not same:
+            raise Unauthorized("the e-mail address or the password is wrong")
         return await begin_session(
             context,
             connection,
@@ -277,6 +288,11 @@ async def update_profile(
     except asyncpg.UniqueViolationError as error:
         raise _taken(error) from None
     assert user is not None
+    if "email" in changed:
+        # A link that went to the old mailbox would give the account to whoever reads that.
+        await connection.execute(
+            "UPDATE password_resets SET used_at = now() WHERE user_id = $1 AND used_at IS NULL", user_id
+        )
     await record(
         connection, acting, "users.update", ("user", user_id), {name: before[name] for name in columns}, changed
     )
@@ -351,17 +367,20 @@ async def request_password_reset(context: Context, acting: Acting, email: str, *
             " FROM users u WHERE lower(email) = lower($1) AND disabled_at IS NULL",
             email,
         )
-        user_id = None if user is None else user["id"]
+        mailed = user is not None and user["recent"] < RESETS_PER_HOUR
         await connection.execute(
             "INSERT INTO password_resets (user_id, token_digest, expires_at, address)"
             " VALUES ($1, $2, $3, $4::text::inet)",
-            user_id,
+            user["id"]
+            if user is not None and mailed
+            else None,  # only what is mailed counts, or it would shut them out
             token_digest(token),
             context.now() + lifetime,
             plain_address(address),
         )
-        await record(connection, acting, "users.reset_request", ("user", user_id), after={"email": email})
-    if user is not None and user["recent"] < RESETS_PER_HOUR:
+        target = ("user", None if user is None else user["id"])
+        await record(connection, acting, "users.reset_request", target, after={"email": email})
+    if user is not None and mailed:
         context.mailer.post(
             Message(
                 user["email"],

@@ -38,7 +38,7 @@ _SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")
 _REDIRECT = re.compile(rb"-?(?:MOVED|ASK) \d{1,5} (\S*):(\d{1,5})(?:\r\n)?")
 
 # Name servers may be slow; they must not hold up what else the loop's own executor does.
-_resolvers = ThreadPoolExecutor(4, "resolve")
+_resolvers = ThreadPoolExecutor(32, "resolve")
 
 
 class AddressRefused(Exception):
@@ -138,8 +138,8 @@ class AddressPolicy:
             else:
                 try:
                     own = await resolve(own_host, own_port)
-                except AddressRefused:
-                    continue
+                except AddressRefused as error:
+                    raise AddressRefused("it cannot be told now whether this is one of the gateway's own") from error
                 everywhere = any(_is_of_this_machine(address) for address in own)
             for address in addresses:
                 plain = _plain(address)

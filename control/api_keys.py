@@ -290,7 +290,8 @@ def _check_reach(wanted: Mapping[str, Any], role: str, maker: Record | None) -> 
         return
     held = set(maker["scopes"])
     for permission in roles.PERMISSIONS:
-        if roles.allows(role, permission, scopes) and not roles.allows(role, permission, held):
+        # Not by today's role alone: the key would wake up with its maker's promotion.
+        if roles.allows("owner", permission, scopes) and not roles.allows("owner", permission, held):
             raise Forbidden(f"this API key lacks {permission}, so it cannot give it to another")
     if (READ in scopes and not held & {READ, WRITE}) or (WRITE in scopes and WRITE not in held):
         raise Forbidden("this API key cannot make one that reads or writes what it does not itself")
@@ -410,6 +411,8 @@ async def rotate(
         raise BadRequest(fields=fields)
     maker = None if maker_id is None else await find(connection, organization_id, maker_id)
     if maker_id == key_id:
+        if old["requests_per_second"] is not None or old["commands_per_day"] is not None:
+            raise Forbidden("this API key has limits, which it would share with its successor; let another rotate it")
         if expires_at > old["expires_at"]:
             raise Forbidden("an API key cannot make its own life longer")
     else:

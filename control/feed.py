@@ -66,6 +66,7 @@ MAX_LOADS: Final = 16
 MAX_CHANGES: Final = 10_000
 """Read at a time; who is further behind forgets all."""
 
+_EVERYTHING = "everything"  # stands for every subject
 _AWAY = "the control plane's database cannot be reached, and this token is not known here yet"
 _SEVERAL = Refusal(400, b"ERR this token is good for several instances: name one, as in /redis/<instance id>/get/key")
 _NONE_YET = Refusal(404, b"ERR there is no instance yet that this token is good for")
@@ -193,7 +194,7 @@ class AccessFeed:
                         if not load.changed:
                             self._remember_unknown(credential)
                             return UNAUTHORIZED
-                    elif found.subjects.isdisjoint(load.changed):
+                    elif _EVERYTHING not in load.changed and found.subjects.isdisjoint(load.changed):
                         return self._keep(credential, reference, found)
         except (DatabaseAway, TimeoutError, *_NOT_MIGRATED) as error:
             raise Unavailable(_AWAY) from error
@@ -440,7 +441,7 @@ class AccessFeed:
         log.warning("what changed about access is not known completely: forgetting what is cached")
         gone: list[tuple[Grant, bytes, str | None]] = []
         for load in self._loads.values():
-            load.changed |= {"everything"}
+            load.changed |= {_EVERYTHING}
         for credential in list(self._subjects):
             gone += self._forget(credential)
         for instance_id in list(self._connected):

@@ -59,6 +59,8 @@ ADMINISTRATORS_MAY: Final = frozenset({"quota.update"})
 """What administrators of the platform may do in organizations they do not belong to, beside reading."""
 
 _SAFE_METHODS = ("GET", "HEAD")
+_GIVES_TOKENS = ("instances.credentials", "instances.rotate", "instances.create")
+"""Permissions whose answers hold an instance's tokens."""
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -195,6 +197,8 @@ class Principal:
     """Of an API key."""
     instance_ids: tuple[UUID, ...] | None = None
     """Of an API key: the instances that it is for; None: all of its organization."""
+    narrowed: bool = False
+    """Of an API key: an instance's own token may do more on the instance than it."""
     name: str | None = None
     """What logs call it."""
 
@@ -512,7 +516,8 @@ async def _api_key(request: ApiRequest, token: str) -> Principal:
     except InvalidToken:
         raise Unauthorized() from None
     row = await request.context.database.fetchrow(
-        "SELECT k.id, k.user_id, k.organization_id, k.name, k.prefix, k.scopes, k.instance_ids, k.networks"
+        "SELECT k.id, k.user_id, k.organization_id, k.name, k.prefix, k.scopes, k.instance_ids, k.networks,"
+        " k.key_prefixes, k.requests_per_second, k.commands_per_day"
         " FROM api_keys k JOIN users u ON u.id = k.user_id WHERE k.id = $1 AND k.digest = $2 AND k.revoked_at IS NULL"
         " AND k.expires_at > now() AND (k.valid_until IS NULL OR k.valid_until > now()) AND u.disabled_at IS NULL",
         claims.api_key_id,
@@ -532,7 +537,21 @@ async def _api_key(request: ApiRequest, token: str) -> Principal:
         organization_id=row["organization_id"],
         scopes=tuple(row["scopes"]),
         instance_ids=None if row["instance_ids"] is None else tuple(row["instance_ids"]),
+        narrowed=_is_narrowed(row),
         name=f"{row['prefix']} ({row['name']})",
+    )
+
+
+def _is_narrowed(row: Any) -> bool:
+    """Whether an instance's own token may do more on it than this API key."""
+    scopes = set(row["scopes"])
+    return bool(
+        row["key_prefixes"]
+        or row["networks"]
+        or row["requests_per_second"] is not None
+        or row["commands_per_day"] is not None
+        or ("read" in scopes and "write" not in scopes)
+        or any(scope[:1] in ("+", "-") for scope in scopes)
     )
 
 
@@ -566,6 +585,8 @@ async def _authorize(request: ApiRequest) -> None:
         raise Forbidden(f"your role here is {role}; this needs {PERMISSIONS[permission].role}")
     if principal.scopes is not None and not allows(role, permission, principal.scopes):
         raise Forbidden(f"this API key lacks the scope {permission}")
+    if principal.narrowed and permission in _GIVES_TOKENS:
+        raise Forbidden("this API key is narrowed, and an instance's tokens are not: use another key, or sign in")
     if principal.instance_ids is not None and request.path.get("instance_id") not in (None, *principal.instance_ids):
         raise NotFound("there is no such instance")
     request.principal = dataclasses.replace(principal, organization_id=organization_id, role=role)

@@ -61,6 +61,9 @@ COUNTS: Final = ("commands", "reads", "writes", "requests", "errors", "bytes_in"
 
 _CREDENTIALS = {"key": "key", "token": "token", "ro": "readonly_token", "session": "session"}
 
+_MOST_BIGINT = 2**63 - 1
+_MOST_INT = 2**31 - 1
+
 log = logging.getLogger(__name__)
 
 
@@ -204,8 +207,13 @@ class UsageCollector:
                     database = instance.config.address.database
                     async with asyncio.timeout(SAMPLE_TIMEOUT):
                         samples.append((instance_id, await _look(instance.backend.pool, database)))
-            with contextlib.suppress(DatabaseAway, TimeoutError):
+            try:
                 await _keep_samples(self._database, samples)
+            except (DatabaseAway, TimeoutError):
+                pass
+            except Exception:
+                # One server's odd answer must not end the looking at all others.
+                log.exception("samples cannot be kept")
 
 
 def _taken(cell: UsageCell) -> Amount:
@@ -301,7 +309,16 @@ async def _look(pool: Pool, database: int) -> Sample:
         raise ValueError("INFO was refused")
     info = dict(line.split(":", 1) for line in reply.decode("utf-8", "replace").splitlines() if ":" in line)
     keyspace = dict(part.split("=", 1) for part in info.get(f"db{database}", "keys=0").split(",") if "=" in part)
-    return Sample(int(keyspace.get("keys", 0)), int(info["used_memory"]), int(info["connected_clients"]))
+    return Sample(
+        _number(keyspace.get("keys"), _MOST_BIGINT),
+        _number(info.get("used_memory"), _MOST_BIGINT),
+        _number(info.get("connected_clients"), _MOST_INT),
+    )
+
+
+def _number(text: str | None, most: int) -> int:
+    """What a server says, as far as the database has room for it; 0 where it says nothing. Raises ValueError."""
+    return 0 if text is None else min(max(int(text), 0), most)
 
 
 async def look_at(row: Record, encryption: Encryption, loaded: Instance | None = None) -> tuple[float, Sample]:

@@ -42,6 +42,8 @@ LOGIN_TEST_SECONDS = 10.0
 """For the login of a user whose streams are open."""
 MAX_USER_POOLS = 64
 """Pools per instance for tokens that act as a Redis user of their own; beyond it the longest unused is closed."""
+MAX_REFERENCE_LENGTH = 128
+"""Characters of a name of an instance; longer ones name none."""
 MAX_REFERENCES = 1024
 """Names of instances, right or wrong, that a credential for several remembers; then it forgets the oldest."""
 GUARDED = 0.0
@@ -398,6 +400,8 @@ class AccessTable:
         `in_header`: it stands where a `header_only` credential has to. `address` tells the client's address, and is
         called only where it matters.
         """
+        if reference is not None and (len(reference) > MAX_REFERENCE_LENGTH or "\0" in reference):
+            return UNAUTHORIZED  # no instance has such a name: nothing to look up, nothing to remember
         grant = self._grants.get(credential)
         if grant is None:
             derived = self.lookup(credential)

@@ -54,6 +54,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("resp.pool", "MAX_SLOW_WAITERS", "requests", "of one connection are looked at for the log of slow ones at a time"),
     ("resp.pool", "MAX_BACKOFF_SECONDS", "s", "longest pause before a Redis that is away is tried again"),
     ("resp.connection", "MAX_UNSENT_BYTES", "bytes", "that Redis has not taken on one connection, then 503"),
+    ("resp.connection", "MAX_CALL_BYTES", "bytes", "of a reply that the gateway itself asked for"),
     ("resp.connection", "STREAM_THRESHOLD_BYTES", "bytes", "larger replies are passed on while they arrive"),
     ("resp.connection", "STALLED_READER_SECONDS", "s", "a slow reader may hold up others; then it moves aside"),
     ("resp.subscriptions", "PING_SECONDS", "s", "between PINGs on a quiet subscription connection"),

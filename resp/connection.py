@@ -25,6 +25,8 @@ STREAM_THRESHOLD_BYTES: Final = 256 * 1024
 """A run of replies larger than this is streamed to its waiter, and ends the connection's part in sharing."""
 MAX_UNSENT_BYTES: Final = 64 * 1024 * 1024
 """Commands that Redis does not read yet, per connection; beyond it nothing more is admitted."""
+MAX_CALL_BYTES: Final = 16 * 1024 * 1024
+"""Of a reply that the gateway itself has asked for."""
 STALLED_READER_SECONDS: Final = 1.0
 """How long a waiter may hold up the others behind it by not taking its streamed reply."""
 
@@ -98,25 +100,33 @@ class Tombstone(Waiter):
 class FutureWaiter(Waiter):
     """Lets a coroutine wait for replies; for the few places off the straight line of a request.
 
-    The future's result is the frames, whole however large they are.
+    The future's result is the frames, whole. More than `MAX_CALL_BYTES` of them close the connection.
     """
 
-    __slots__ = ("_parts", "future")
+    __slots__ = ("_connection", "_parts", "_size", "future")
 
     def __init__(self, count: int, loop: asyncio.AbstractEventLoop) -> None:
         self.count = count
         self.deadline = float("inf")
         self.future: asyncio.Future[bytes] = loop.create_future()
         self._parts: list[bytes] = []
+        self._size = 0
+        self._connection: Connection | None = None
 
     def reply(self, frames: bytes, depth: int) -> None:
         if not self.future.done():
             self.future.set_result(frames)
 
     def stream_started(self, connection: "Connection") -> None:
-        pass
+        self._connection = connection
 
     def stream_data(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._connection is not None and (self.future.done() or self._size > MAX_CALL_BYTES):
+            # Nobody waits any more, or the server does not know an end: it would fill the memory.
+            self._parts.clear()
+            self._connection.close(ReplyLost("a reply too large for this command"))
+            return
         self._parts.append(data)
 
     def stream_ended(self) -> None:

@@ -6,6 +6,7 @@ resolved anew, since hosted services move, and the new address is checked before
 
 import asyncio
 import dataclasses
+import re
 import secrets
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from resp.encoder import encode_commands
 from resp.errors import ConnectFailed, ReplyLost, RespError
 from resp.parser import ErrorReply, Parser
 
+_VERSION = re.compile(r"\d{1,4}(?:\.\d{1,6}){0,3}", re.ASCII)
 CONNECT_SECONDS: Final = 3.0
 ANSWER_SECONDS: Final = 3.0
 EXAMINE_SECONDS: Final = 10.0
@@ -123,7 +125,8 @@ class ExternalProvisioner:
             facts, notes = await _examine_connection(connection)
         finally:
             connection.close(ReplyLost("done"))
-        version = facts.get("valkey_version") or facts.get("redis_version")
+        said = _VERSION.match(facts.get("valkey_version") or facts.get("redis_version") or "")
+        version = said[0] if said is not None else None
         if version is not None and not version_matches(redis_version, version):
             raise ProvisionError(f"it runs Redis {version}, not {redis_version}", permanent=True)
         endpoint: dict[str, Any] = {
@@ -226,7 +229,7 @@ def _public(error: ConnectFailed) -> str:
         return "it wants a password: redis://user:password@host:port"
     if "LOADING" in detail:
         return "it is loading its data; try again in a moment"
-    cause = error.__cause__
+    cause = error.cause
     if type(cause).__name__ in ("SSLError", "SSLCertVerificationError", "CertificateError"):
         return (
             f"TLS failed: {getattr(cause, 'verify_message', None) or getattr(cause, 'reason', None) or 'no agreement'}"

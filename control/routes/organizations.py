@@ -7,8 +7,8 @@ from uuid import UUID
 import msgspec
 from msgspec import Meta
 
-from control import organizations
-from control.http import ApiRequest, BadRequest, endpoint, page
+from control import organizations, roles
+from control.http import ApiRequest, BadRequest, Forbidden, endpoint, page
 from control.quotas import set_plan
 from control.routes.auth import Email, Token
 from control.settings import public_url
@@ -211,6 +211,16 @@ async def list_members(request: ApiRequest) -> object:
     return page(rows, total, number, limit)
 
 
+def _check_reach(request: ApiRequest, role: str) -> None:
+    """No API key gives a role that may do what the key may not. Raises Forbidden."""
+    own, scopes = request.principal.role, request.principal.scopes
+    if scopes is None or own is None:
+        return
+    for permission in roles.PERMISSIONS:
+        if roles.allows(role, permission) and not roles.allows(own, permission, scopes):
+            raise Forbidden(f"this API key lacks {permission}, so it cannot give a role that has it")
+
+
 @endpoint(
     "PATCH",
     "/api/organizations/{org_id}/members/{user_id}",
@@ -223,6 +233,7 @@ async def list_members(request: ApiRequest) -> object:
 )
 async def change_role(request: ApiRequest, body: SetRole) -> object:
     """Neither the old nor the new role may be above one's own; the last owner stays one."""
+    _check_reach(request, body.role)
     async with request.context.database.transaction() as connection:
         return await organizations.change_role(
             connection, request, request.organization_id, request.user_id, request.path["user_id"], body.role
@@ -306,6 +317,7 @@ class NewInvitation(msgspec.Struct):
 async def invite_member(request: ApiRequest, body: Invite) -> object:
     """A link goes out by mail, and comes back here for those who pass it on themselves. It is good for one person: who
     signs in with this e-mail address."""
+    _check_reach(request, body.role)
     context = request.context
     lifetime = timedelta(seconds=context.settings.invitation_lifetime)
     async with context.database.transaction() as connection:

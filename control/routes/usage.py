@@ -9,7 +9,7 @@ from uuid import UUID
 import msgspec
 
 from control import api_keys, instances, usage
-from control.http import ApiRequest, BadRequest, endpoint
+from control.http import ApiRequest, BadRequest, Forbidden, endpoint
 from redisgate.access import AccessTable, Instance
 from resp.errors import RespError
 
@@ -139,6 +139,9 @@ class Health(msgspec.Struct):
 async def of_organization(request: ApiRequest) -> object:
     """Of all instances and keys together, or of one instance or key."""
     wanted: UsageQuery = request.parameters
+    own = request.principal.instance_ids
+    if own is not None and wanted.instance_id not in own:
+        raise Forbidden("this API key is for some instances only: name one of them as instance_id")
     async with request.context.database.connection() as connection:
         if wanted.instance_id is not None:
             await instances.find(connection, request.organization_id, wanted.instance_id, deleted=None)
@@ -203,6 +206,9 @@ async def cost(request: ApiRequest) -> object:
     start, end = usage.span("day", wanted.from_, wanted.to, request.context.now(), settings)
     async with request.context.database.connection() as connection:
         items = await usage.costs(connection, settings, request.organization_id, start, end)
+    own = request.principal.instance_ids
+    if own is not None:
+        items = [item for item in items if item["instance_id"] in own]
     totals = {name: sum(item[name] for item in items) for name in ("commands", "bytes_in", "bytes_out")}
     return {
         "from": start,
