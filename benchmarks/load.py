@@ -42,6 +42,14 @@ end
 """
 
 
+class LoadFailed(RuntimeError):
+    """A server did not answer as it should."""
+
+    def __init__(self, peer: Peer, what: str) -> None:
+        super().__init__(f"{peer.name} {what}")
+        self.peer = peer
+
+
 @dataclass
 class Run:
     """One run of load: rates per second, latencies and CPU per request in microseconds, memory in bytes."""
@@ -81,7 +89,7 @@ def wrk(
 
     Raises:
         Missing: wrk is not installed.
-        RuntimeError: a response was not 200, or a connection broke.
+        LoadFailed: a response was not 200, or a connection broke.
     """
     program = _tool("wrk", "wrk")
     script = f'wrk.method = "{method}"\n{script}{_REPORT}'
@@ -101,7 +109,7 @@ def wrk(
     (line,) = [line[4:] for line in done.stdout.splitlines() if line.startswith("JSON")]
     result = json.loads(line)
     if result["broken"] or result["bad"] or not result["requests"]:
-        raise RuntimeError(f"{peer.name} {method} {path[:80]}: {result}")
+        raise LoadFailed(peer, f"{method} {path[:80]}: {result}")
     return Run(
         rate=result["requests"] / result["seconds"],
         cpu=(after.cpu - before.cpu) / result["requests"] * 1e6,
@@ -118,7 +126,7 @@ def at_rate(peer: Peer, path: str, rate: float, *, seconds: int, connections: in
 
     Raises:
         Missing: h2load is not installed.
-        RuntimeError: a response was not 200, or none came.
+        LoadFailed: a response was not 200, or none came.
     """
     program = _tool("h2load", "nghttp2-client")
     with tempfile.TemporaryDirectory() as directory:
@@ -138,7 +146,7 @@ def at_rate(peer: Peer, path: str, rate: float, *, seconds: int, connections: in
         rows = [line.split("\t") for line in log.read_text().splitlines()]
     durations = sorted(int(row[2]) for row in rows)
     if not durations or any(row[1] != "200" for row in rows):
-        raise RuntimeError(f"{peer.name} {path[:80]} at {rate:.0f}/s: not every response was 200")
+        raise LoadFailed(peer, f"{path[:80]} at {rate:.0f}/s: not every response was 200")
 
     def percentile(part: float) -> float:
         return durations[min(len(durations) - 1, math.ceil(len(durations) * part) - 1)]

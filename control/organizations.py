@@ -21,6 +21,8 @@ from control.mailer import Message
 from control.quotas import create_quota, lock_usage
 from control.roles import may_grant, rank
 
+MAX_INVITATIONS_A_DAY: Final = 200
+"""Of one organization: an account here is no relay for mail to anybody."""
 MAX_OWN_ORGANIZATIONS: Final = 20
 """That one person may have made and not deleted."""
 _SLUG_LETTERS: Final = "abcdefghjkmnpqrstuvwxyz23456789"
@@ -335,11 +337,20 @@ async def invite_member(
         Forbidden: the role is above that of `by`.
         Conflict: they belong to the organization already, or are invited.
         NotFound: there is no such organization.
+        QuotaExceeded: `MAX_INVITATIONS_A_DAY` were sent.
     """
     await _lock(connection, organization_id)
     own = await _role(connection, organization_id, by, "there is no such organization")
     if not may_grant(own, role):
         raise Forbidden(f"your role here is {own}; you cannot give a role above it")
+    sent = await connection.fetchval(
+        "SELECT count(*) FROM invitations WHERE organization_id = $1 AND created_at > now() - interval '1 day'",
+        organization_id,
+    )
+    if sent >= MAX_INVITATIONS_A_DAY:
+        raise QuotaExceeded(
+            f"{sent} invitations were sent within a day, which is the most; wait", {"quota": "invitations_per_day"}
+        )
     if await connection.fetchval(
         "SELECT true FROM memberships m JOIN users u ON u.id = m.user_id"
         " WHERE m.organization_id = $1 AND lower(u.email) = lower($2)",

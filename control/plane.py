@@ -5,10 +5,12 @@ works without it, and goes on working while PostgreSQL is away.
 """
 
 import asyncio
+import dataclasses
 import logging
 
 from control.app import make_app, make_context
 from control.daily import DailyLeases
+from control.database import Database
 from control.feed import AccessFeed
 from control.hosts import host_id
 from control.http import Unavailable, failure
@@ -25,6 +27,9 @@ FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 2.0
 """Between two tries to reach a PostgreSQL that is away: doubles from the first to the second."""
 
+ACCESS_POOL_SIZE = 4
+"""Database connections of one worker for what the data plane has to know, beside `database_pool_size`."""
+
 log = logging.getLogger(__name__)
 
 
@@ -34,9 +39,18 @@ class Plane:
     def __init__(self, settings: Settings, access: AccessTable, shared: SharedState, index: int) -> None:
         self.context = make_context(settings, name=f"redisgate worker {index}")
         self.context.extra["access"] = access
-        self.leases = DailyLeases(self.context.database, host_id(settings.state_dir))
+        # Of its own, so that the credentials of one tenant do not wait behind the API requests of another.
+        control = settings.control
+        self._access_database = Database(
+            control.database_url,
+            control.database_direct_url,
+            pool_size=ACCESS_POOL_SIZE,
+            name=f"redisgate access {index}",
+        )
+        access_context = dataclasses.replace(self.context, database=self._access_database)
+        self.leases = DailyLeases(self._access_database, host_id(settings.state_dir))
         self.usage = UsageCollector(self.context.database, access)
-        self.feed = AccessFeed(self.context, access, shared, index, usage=self.usage, leases=self.leases)
+        self.feed = AccessFeed(access_context, access, shared, index, usage=self.usage, leases=self.leases)
         self.context.extra["usage"] = self.usage
         busy = failure(Unavailable("too many requests are under way; try again", 1))
         self.http = AsgiServer(make_app(self.context), bytes(busy.body))
@@ -53,6 +67,7 @@ class Plane:
         await self.feed.stop()
         await self.usage.stop()
         await self.leases.stop()
+        await self._access_database.close()
         await self.context.close()
 
 

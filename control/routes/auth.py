@@ -252,8 +252,16 @@ async def update_me(request: ApiRequest, body: UpdateMe) -> object:
             address=request.client_address,
             field="current_password",
         )
-    async with request.context.database.transaction() as connection:
-        before, user = await accounts.update_profile(connection, request, request.user_id, changes)
+    # A conflict tells that an address or a name is taken, so it is throttled as at registration.
+    context = request.context
+    subjects = context.throttle.registration_subjects(request.client_address)
+    await context.throttle.check(context.database, subjects)
+    try:
+        async with context.database.transaction() as connection:
+            before, user = await accounts.update_profile(connection, request, request.user_id, changes)
+    except Conflict:
+        await context.throttle.failed(context.database, subjects)
+        raise
     if user["email"] != before["email"]:
         request.context.mailer.post(accounts.address_changed_message(before["email"], user["email"]))
     return user

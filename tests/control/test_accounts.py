@@ -667,3 +667,28 @@ async def test_without_postgresql_the_answer_is_503(
         assert response.status_code == 503, path
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["success"] is False
+
+
+async def test_strangers_cannot_use_up_somebodys_resets(
+    client: httpx.AsyncClient, context: Context, person: Person, mails: list[Message], owner: Owner
+) -> None:
+    for _ in range(5):
+        await ask_for_reset(client, context, person.email)
+    assert len(mails) == 3, "three an hour"
+    counted = "SELECT count(*) FROM password_resets WHERE user_id = $1"
+    assert await owner.fetchval(counted, person.id) == 3, "what was not mailed does not count towards the next hour"
+
+
+async def test_a_link_does_not_outlive_a_change_of_address(
+    client: httpx.AsyncClient, context: Context, person: Person, mails: list[Message]
+) -> None:
+    await ask_for_reset(client, context, person.email)
+    token = token_of(mails[0])
+    changed = await client.patch(
+        "/auth/me",
+        json={"email": f"new-{person.email}", "current_password": person.password},
+        headers=person.headers,
+    )
+    assert changed.status_code == 200, changed.text
+    response = await client.post("/auth/password/reset", json={"token": token, "password": "a new password"})
+    assert response.status_code == 400

@@ -270,3 +270,48 @@ async def test_what_happens_to_keys_is_on_the_record(
     ]
     assert rows[0]["after"]["scopes"] == ["read"]
     assert (rows[1]["before"], rows[1]["after"]) == ({"name": "test"}, {"name": "new"})
+
+
+@pytest.mark.parametrize(
+    "narrowing",
+    [
+        {"key_prefixes": ["a:"]},
+        {"allowed_networks": ["0.0.0.0/0", "::/0"]},
+        {"requests_per_second": 5},
+        {"scopes": ["read", "instances.*"]},
+        {"scopes": ["read", "write", "-del", "instances.*"]},
+    ],
+    ids=lambda narrowing: next(iter(narrowing)),
+)
+async def test_a_narrowed_key_does_not_get_an_instances_own_token(
+    client: httpx.AsyncClient, owner: Person, narrowing: dict[str, Any]
+) -> None:
+    made = await create(client, owner, **{"scopes": ["read", "write", "instances.*"], **narrowing})
+    headers = {"Authorization": f"Bearer {made['key']}"}
+    instances = f"/api/organizations/{owner.organization_id}/redis-instances"
+    for method, target in (("GET", f"{instances}/{uuid4()}/credentials"), ("POST", instances)):
+        response = await client.request(method, target, json={}, headers=headers)
+        assert response.status_code == 403, response.text
+        assert "narrowed" in response.json()["message"]
+    assert (await client.get(instances, headers=headers)).status_code == 200
+
+
+async def test_a_key_with_limits_does_not_rotate_itself(client: httpx.AsyncClient, owner: Person) -> None:
+    made = await create(client, owner, scopes=["read", "api_keys.*"], requests_per_second=5)
+    target = path(owner, made["api_key"]["id"], "rotate")
+    response = await client.post(target, json={}, headers={"Authorization": f"Bearer {made['key']}"})
+    assert response.status_code == 403, response.text
+    assert (await client.post(target, json={}, headers=owner.headers)).status_code in (200, 201)
+
+
+async def test_a_members_key_makes_none_for_the_day_of_its_makers_promotion(
+    client: httpx.AsyncClient, owner: Person
+) -> None:
+    member = await join(client, owner, "member")
+    made = await create(client, member, of=owner, scopes=["read", "api_keys.create"])
+    response = await client.post(
+        path(owner),
+        json={"name": "later", "scopes": ["read", "members.update"]},
+        headers={"Authorization": f"Bearer {made['key']}"},
+    )
+    assert response.status_code == 403, response.text

@@ -386,3 +386,23 @@ async def test_nobody_joins_a_deleted_organization(client: httpx.AsyncClient, pe
 )
 def test_slugs_are_what_host_names_take(name: str, slug: str) -> None:
     assert slugify(name) == slug
+
+
+@pytest.mark.parametrize("role", ["owner", "admin"])
+async def test_a_key_gives_no_role_that_may_do_more_than_the_key(
+    client: httpx.AsyncClient, person: Person, role: str
+) -> None:
+    organization = f"/api/organizations/{person.organization_id}"
+    made = await client.post(
+        f"{organization}/api-keys",
+        json={"name": "inviter", "scopes": ["read", "invitations.create", "members.update"]},
+        headers=person.headers,
+    )
+    assert made.status_code == 201, made.text
+    headers = {"Authorization": f"Bearer {made.json()['data']['key']}"}
+    member = await join(client, person, "viewer")
+    invited = await client.post(
+        f"{organization}/invitations", json={"email": "somebody@example.com", "role": role}, headers=headers
+    )
+    promoted = await client.patch(f"{organization}/members/{member.id}", json={"role": role}, headers=headers)
+    assert (invited.status_code, promoted.status_code) == (403, 403), (invited.text, promoted.text)

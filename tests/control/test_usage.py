@@ -17,7 +17,9 @@ from control.usage import COUNTS, NO_KEY, UsageCollector
 from redisgate.access import AccessTable
 from redisgate.config import ControlSettings
 from redisgate.metering import BUCKETS, bucket_of, bucket_start, percentile
+from resp.address import Address
 from resp.commands import bundled_table
+from resp.pool import Pool
 from tests.control.people import Person, register
 from tests.servers import RedisServer
 
@@ -46,6 +48,20 @@ async def put(
         NO_KEY,
         commands,
         [0, 0, commands],
+    )
+
+
+async def put_instance(context: Context, organization_id: UUID, instance_id: UUID, endpoint: dict[str, Any]) -> None:
+    await context.database.execute(
+        "INSERT INTO instances (id, organization_id, name, slug, label, provisioner, max_memory, status, endpoint,"
+        " token_digest, token_encrypted, readonly_token_digest, readonly_token_encrypted)"
+        " VALUES ($1, $2, $3, $3, $3, 'external', 0, 'running', $6, $4, '', $5, '')",
+        instance_id,
+        organization_id,
+        f"s{instance_id.hex[:8]}",
+        secrets.token_bytes(32),
+        secrets.token_bytes(32),
+        endpoint,
     )
 
 
@@ -248,17 +264,7 @@ async def test_the_duties_roll_up_and_look_at_instances(
     instance_id = uuid4()
     for endpoint in ({"host": "127.0.0.1", "port": redis_server.port}, {"unix": "/nowhere/redis.sock"}):
         one = instance_id if "host" in endpoint else uuid4()
-        await context.database.execute(
-            "INSERT INTO instances (id, organization_id, name, slug, label, provisioner, max_memory, status, endpoint,"
-            " token_digest, token_encrypted, readonly_token_digest, readonly_token_encrypted)"
-            " VALUES ($1, $2, $3, $3, $3, 'external', 0, 'running', $6, $4, '', $5, '')",
-            one,
-            person.organization_id,
-            f"s{one.hex[:8]}",
-            secrets.token_bytes(32),
-            secrets.token_bytes(32),
-            endpoint,
-        )
+        await put_instance(context, person.organization_id, one, endpoint)
     redis_server.raw(b"SET sampled 1\r\n", 5)
     await usage.sample_instances(context)
     await usage.sample_instances(context)
@@ -275,3 +281,56 @@ async def test_the_duties_roll_up_and_look_at_instances(
     assert series[-1]["keys"] >= 1
     health = (await client.get(f"{target}/health", headers=person.headers)).json()["data"]
     assert (health["reachable"], health["keys"] >= 1) == (True, True)
+
+
+async def test_a_key_for_some_instances_sees_the_usage_of_these_alone(
+    context: Context, client: httpx.AsyncClient, person: Person
+) -> None:
+    own, other = uuid4(), uuid4()
+    now = context.now().replace(second=0, microsecond=0)
+    for instance_id in (own, other):
+        await put_instance(context, person.organization_id, instance_id, {"unix": "/nowhere/redis.sock"})
+        await put(context, person.organization_id, now, 5, instance_id=instance_id)
+    await usage.roll_up(context)
+    organization = f"/api/organizations/{person.organization_id}"
+    made = await client.post(
+        f"{organization}/api-keys",
+        json={"name": "one", "scopes": ["usage.read"], "instance_ids": [str(own)]},
+        headers=person.headers,
+    )
+    assert made.status_code == 201, made.text
+    headers = {"Authorization": f"Bearer {made.json()['data']['key']}"}
+    for query, status in (("", 403), (f"?instance_id={other}", 403), (f"?instance_id={own}", 200)):
+        assert (await client.get(f"{organization}/usage{query}", headers=headers)).status_code == status, query
+    costs = (await client.get(f"{organization}/cost", headers=headers)).json()["data"]
+    assert ({item["instance_id"] for item in costs["items"]}, costs["commands"]) == ({str(own)}, 5)
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        (b"redis_version:7\r\n", (0, 0, 0)),
+        (b"used_memory:99999999999999999999\r\nconnected_clients:9999999999\r\n", (0, 2**63 - 1, 2**31 - 1)),
+        (b"used_memory:-1\r\n", (0, 0, 0)),
+    ],
+    ids=["nothing", "too much", "less than nothing"],
+)
+async def test_a_server_that_says_odd_things_of_itself_is_sampled_all_the_same(
+    info: bytes, expected: tuple[int, int, int]
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            for name in data.split(b"\r\n")[2::3]:
+                if name == b"INFO":
+                    writer.write(b"$%d\r\n%b\r\n" % (len(info), info))
+                elif name in (b"PING", b"MULTI", b"EXEC"):
+                    writer.write(b"*0\r\n" if name == b"EXEC" else b"+OK\r\n")
+
+    server = await asyncio.start_server(answer, "127.0.0.1")
+    pool = Pool(Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1]))
+    try:
+        sample = await usage._look(pool, 0)
+        assert (sample.keys, sample.memory, sample.connections) == expected
+    finally:
+        pool.abort()
+        server.close()

@@ -5,10 +5,10 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resp.connection import STREAM_THRESHOLD_BYTES, Connection, FutureWaiter
+from resp.connection import MAX_CALL_BYTES, STREAM_THRESHOLD_BYTES, Connection, FutureWaiter
 from resp.errors import ReplyLost
 
 
@@ -56,6 +56,7 @@ replies = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(runs=st.lists(st.lists(replies, min_size=1, max_size=3), min_size=1, max_size=6), data=st.data())
 def test_every_waiter_gets_its_own_replies_however_they_are_cut(runs: list[list[bytes]], data: st.DataObject) -> None:
     expected = [b"".join(run) for run in runs]
@@ -113,3 +114,21 @@ async def test_what_was_begun_is_gone_with_the_connection() -> None:
     connection.connection_lost(None)
     assert isinstance(future.exception(), ReplyLost)
     assert connection.pending == 0
+
+
+async def test_a_reply_without_end_to_a_question_of_ours_closes_the_connection() -> None:
+    connection, transport, (future,) = await connect([1])
+    connection.data_received(b"$500000000\r\n")
+    piece = b"x" * (1 << 20)
+    for _ in range(MAX_CALL_BYTES // len(piece) + 1):
+        connection.data_received(piece)
+    assert transport.closed
+    assert isinstance(future.exception(), ReplyLost)
+
+
+async def test_a_large_reply_that_nobody_waits_for_any_more_is_not_collected() -> None:
+    connection, transport, (future,) = await connect([1])
+    connection.data_received(b"$500000000\r\n" + b"x" * 1000)
+    future.cancel()
+    connection.data_received(b"x" * 1000)
+    assert transport.closed
