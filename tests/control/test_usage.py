@@ -318,6 +318,8 @@ async def test_a_key_for_some_instances_sees_the_usage_of_these_alone(
 async def test_a_server_that_says_odd_things_of_itself_is_sampled_all_the_same(
     info: bytes, expected: tuple[int, int, int]
 ) -> None:
+    left = asyncio.Event()
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
             for name in data.split(b"\r\n")[2::3]:
@@ -325,6 +327,8 @@ async def test_a_server_that_says_odd_things_of_itself_is_sampled_all_the_same(
                     writer.write(b"$%d\r\n%b\r\n" % (len(info), info))
                 elif name in (b"PING", b"MULTI", b"EXEC"):
                     writer.write(b"*0\r\n" if name == b"EXEC" else b"+OK\r\n")
+        writer.close()
+        left.set()
 
     server = await asyncio.start_server(answer, "127.0.0.1")
     pool = Pool(Address(host="127.0.0.1", port=server.sockets[0].getsockname()[1]))
@@ -334,3 +338,5 @@ async def test_a_server_that_says_odd_things_of_itself_is_sampled_all_the_same(
     finally:
         pool.abort()
         server.close()
+        async with asyncio.timeout(5):
+            await left.wait()
