@@ -249,7 +249,7 @@ class ApiRequest:
     @cached_property
     def is_secure(self) -> bool:
         """Whether the client came by TLS."""
-        if self.context.settings.public_url.startswith("https://"):
+        if self.context.settings.public_url.startswith("https://") or self.raw.scope["scheme"] == "https":
             return True
         peer = self.raw.client.host if self.raw.client is not None else ""
         trusted = _in_networks(peer, self.context.settings.trusted_proxies)

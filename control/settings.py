@@ -80,7 +80,8 @@ def public_url(settings: Settings) -> str:
     if settings.control.public_url:
         return settings.control.public_url.rstrip("/")
     host = "localhost" if settings.host in ("0.0.0.0", "::", "") else settings.host
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    scheme = "https" if settings.tls_cert_file else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
 def is_secure(settings: Settings) -> bool:

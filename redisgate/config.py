@@ -133,6 +133,8 @@ class Settings:
     port: int = 3000
     workers: int = 1
     base_domain: str = ""
+    tls_cert_file: tuple[str, ...] = ()
+    tls_key_file: tuple[str, ...] = ()
     state_dir: Path = Path(".")
     secret_key: bytes = field(default=b"", repr=False)
     secret_key_is_default: bool = True
@@ -140,7 +142,14 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     access_log: str = "errors"
+    access_log_sample: float = 1.0
+    log_keys: bool = False
     slow_request: float = 1.0
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    metrics_instances: int = 50
+    trace_endpoint: str = ""
+    trace_ratio: float = 0.01
     limits: Limits = Limits()
     control: ControlSettings = ControlSettings()
     instances: tuple[InstanceConfig, ...] = ()
@@ -246,6 +255,24 @@ def price(value: Any) -> float:
     return found
 
 
+def ratio(value: Any) -> float:
+    """A part of a whole."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = -1.0
+    if isinstance(value, bool) or not 0 <= found <= 1:
+        raise ValueError("expected a number from 0 to 1 such as 0.01")
+    return found
+
+
+def endpoint(value: Any) -> str:
+    """The address of a service over HTTP."""
+    if not isinstance(value, str) or (value and re.fullmatch(r"https?://[^/\s]+(/\S*)?", value) is None):
+        raise ValueError("expected a URL such as http://127.0.0.1:4318")
+    return value
+
+
 @dataclass(frozen=True)
 class Setting:
     """One setting; `name` is its attribute of `Settings` or, with a table, of that attribute of it."""
@@ -287,6 +314,14 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("port", count(0, 65535), 3000, "port to listen on; 0 picks a free one"),
     Setting("workers", count(1, 256), None, "worker processes; by default one per core"),
     Setting("base_domain", text, "", "wildcard domain: <slug>.<base_domain> names an instance"),
+    Setting(
+        "tls_cert_file",
+        names,
+        (),
+        "certificate (PEM, with its chain); the port then speaks HTTPS. Of several, each is for the names it carries,"
+        " and the first also for everybody else. Changed files are taken up at once",
+    ),
+    Setting("tls_key_file", names, (), "its key (PEM); of several, in the same order"),
     Setting("state_dir", text, None, "directory for daily counts and the generated secret key"),
     Setting(
         "secret_key",
@@ -300,7 +335,23 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "access_log", choice("off", "errors", "all"), "errors", "requests that are logged; errors: and slow ones too"
     ),
+    Setting(
+        "access_log_sample", ratio, 1.0, "part of the requests that access_log=all logs; failed ones are all logged"
+    ),
+    Setting("log_keys", boolean, False, "whether the log may show the first argument of a command in a path: its key"),
     Setting("slow_request", duration, 1.0, "a request that waits longer for Redis is logged"),
+    Setting("metrics_host", text, "127.0.0.1", "address that metrics are served at"),
+    Setting("metrics_port", count(0, 65535), 0, "port of /metrics, for Prometheus; 0: none"),
+    Setting("metrics_instances", count(0, 1000), 50, "instances that metrics name, the busiest; the rest together"),
+    Setting(
+        "trace_endpoint",
+        endpoint,
+        "",
+        "OpenTelemetry collector (OTLP over HTTP), as http://127.0.0.1:4318; none: no traces",
+    ),
+    Setting(
+        "trace_ratio", ratio, 0.01, "part of the requests that are traced, unless the client's traceparent decides"
+    ),
     _limit("max_target_bytes", size, "longest request target, else 414"),
     _limit("max_header_bytes", size, "largest header block, else 431"),
     _limit("max_body_bytes", size, "largest request body, else 413"),
@@ -486,6 +537,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
     secret = general.pop("secret_key")
     if secret is not None and len(secret) < 16:
         raise ConfigError("REDISGATE_SECRET_KEY is shorter than 16 characters; `openssl rand -hex 32` makes a good one")
+    for name in ("tls_cert_file", "tls_key_file"):
+        general[name] = tuple(str(cwd / path) for path in general[name])
     general["workers"] = general["workers"] or len(os.sched_getaffinity(0))
     return Settings(
         **general,

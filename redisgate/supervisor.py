@@ -30,6 +30,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from redisgate import logs
+from redisgate.board import HELPERS, Board
 from redisgate.access import token_digest
 from redisgate.config import ConfigError, Settings, ensure_secret_key
 from redisgate.shared import INCARNATIONS, SharedState, SharedStateError
@@ -50,7 +51,8 @@ FLUSH_INTERVAL = 1.0
 COUNTS_FILE = "counts"
 """In the state directory."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1)
+_STEWARD, _METRICS = "steward", "metrics"
 _PR_SET_PDEATHSIG = 1
 
 WorkerMain = Callable[[Settings, socket.socket, int, SharedState, int], None]
@@ -87,26 +89,24 @@ class _Worker:
 class _Seat:
     """The place of one worker: its index and socket, and the up to two processes that hold them.
 
-    The steward's seat has no socket, and never two processes at a time.
+    A helper's seat never has two processes at a time: the steward's, which has no socket, and that of the process that
+    answers scrapes.
     """
 
-    __slots__ = ("draining", "failures", "index", "retry_at", "serving", "sock", "starting")
+    __slots__ = ("draining", "failures", "helper", "index", "retry_at", "serving", "sock", "starting")
 
-    def __init__(self, index: int, sock: socket.socket | None) -> None:
+    def __init__(self, index: int, sock: socket.socket | None, helper: str = "") -> None:
         self.index = index
         self.sock = sock
+        self.helper = helper
         self.starting: _Worker | None = None
         self.serving: _Worker | None = None
         self.draining: _Worker | None = None
         self.failures = 0
         self.retry_at = 0.0
 
-    @property
-    def is_steward(self) -> bool:
-        return self.sock is None
-
     def __str__(self) -> str:
-        return "the steward" if self.sock is None else f"worker {self.index}"
+        return {"": f"worker {self.index}", _STEWARD: "the steward", _METRICS: "the metrics process"}[self.helper]
 
     def workers(self) -> list[_Worker]:
         return [worker for worker in (self.starting, self.serving, self.draining) if worker is not None]
@@ -139,15 +139,22 @@ def run(
         worker_main, steward_main = worker_main or worker.run, steward_main or worker.run_steward
     try:
         with contextlib.ExitStack() as stack:
+            _check_tls(settings)
             sockets = bind(settings.host, settings.port, settings.workers)
             for sock in sockets:
                 stack.enter_context(sock)
+            metrics_socket = None
+            if settings.metrics_port:
+                (metrics_socket,) = bind(settings.metrics_host, settings.metrics_port, 1, setting="metrics_port")
+                stack.enter_context(metrics_socket)
             settings = ensure_secret_key(settings)
             if settings.control.enabled:
                 _prepare_control_plane(settings)
             shared = _shared_state(settings)
             stack.callback(shared.close)
-            return _Supervisor(settings, reload, on_ready, worker_main, steward_main, sockets, shared).run()
+            return _Supervisor(
+                settings, reload, on_ready, worker_main, steward_main, sockets, shared, metrics_socket
+            ).run()
     except (StartError, ConfigError) as error:
         _complain(str(error))
         return 1
@@ -172,13 +179,21 @@ def _prepare_control_plane(settings: Settings) -> None:
         raise StartError(str(error)) from error
 
 
+def _check_tls(settings: Settings) -> None:
+    """Say what is wrong with the certificates before anything is started. Raises ConfigError."""
+    if settings.tls_cert_file or settings.tls_key_file:
+        from redisgate import tls
+
+        tls.load_context(tls.pairs(settings))
+
+
 def _complain(message: str) -> None:
     """Say why the gateway does not start: to whoever started it, whatever the log level is."""
     print(f"redisgate: {message}", file=sys.stderr, flush=True)
 
 
-def bind(host: str, port: int, count: int) -> list[socket.socket]:
-    """`count` sockets that listen on one address; port 0 takes a free one.
+def bind(host: str, port: int, count: int, *, setting: str = "port") -> list[socket.socket]:
+    """`count` sockets that listen on one address; port 0 takes a free one. `setting` is what says which.
 
     Raises:
         StartError: the address is taken, not ours, or not known.
@@ -211,7 +226,8 @@ def bind(host: str, port: int, count: int) -> list[socket.socket]:
     except OSError as error:
         for sock in sockets:
             sock.close()
-        hint = "; choose another with --port or REDISGATE_PORT" if error.errno == errno.EADDRINUSE else ""
+        other = f"; choose another with --{setting.replace('_', '-')} or REDISGATE_{setting.upper()}"
+        hint = other if error.errno == errno.EADDRINUSE else ""
         raise StartError(f"cannot listen on {where}: {os.strerror(error.errno or 0)}{hint}") from error
     return sockets
 
@@ -260,6 +276,7 @@ class _Supervisor:
         steward_main: StewardMain,
         sockets: list[socket.socket],
         shared: SharedState,
+        metrics_socket: socket.socket | None = None,
     ) -> None:
         self._reload = reload
         self._on_ready = on_ready
@@ -268,7 +285,14 @@ class _Supervisor:
         self._shared = shared
         self._seats = [_Seat(index, sock) for index, sock in enumerate(sockets)]
         if settings.control.enabled:
-            self._seats.append(_Seat(len(sockets), None))  # last: on a reload the workers prove the settings
+            # behind the workers: on a reload they prove the settings
+            self._seats.append(_Seat(len(sockets), None, _STEWARD))
+        if metrics_socket is not None:
+            self._seats.append(_Seat(len(sockets) + HELPERS - 1, metrics_socket, _METRICS))
+        self._board = Board(len(sockets))
+        self._started_at = time.time()
+        self._restarts: dict[str, int] = {}
+        self._reloads: dict[str, int] = {}
         self._pid = os.getpid()
         self._configured = settings  # as somebody wrote it: port 0 stays 0
 
@@ -343,6 +367,9 @@ class _Supervisor:
                     self._kill_all()
             elif number == signal.SIGHUP:
                 self._reload_asked = True
+            elif number == signal.SIGUSR1:
+                self._board.level = "" if self._board.level == "debug" else "debug"
+                log.warning("SIGUSR1: the log level is %s", self._board.level or "as configured")
 
     def _on_ready_pipe(self, seat: _Seat, fd: int) -> None:
         worker = seat.starting
@@ -358,7 +385,7 @@ class _Supervisor:
             seat.draining = old
             self._drain(old)
         generation = worker.generation
-        if generation.proven or (seat.is_steward and self._proven.proven):
+        if generation.proven or (seat.helper and self._proven.proven):
             return
         if self._proven.proven:
             generation.proven = True
@@ -370,7 +397,8 @@ class _Supervisor:
     def _announce(self) -> None:
         settings = self._generation.settings
         workers = "1 worker" if settings.workers == 1 else f"{settings.workers} workers"
-        print(f"listening on http://{_url_host(settings.host)}:{settings.port} ({workers})", flush=True)
+        scheme = "https" if settings.tls_cert_file else "http"
+        print(f"listening on {scheme}://{_url_host(settings.host)}:{settings.port} ({workers})", flush=True)
         if self._on_ready is not None:
             self._on_ready(settings)
 
@@ -379,6 +407,27 @@ class _Supervisor:
             self._shared.flush()
         except OSError as error:
             log.error("cannot write the counters to disk: %s", error.strerror)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Tell what a supervisor knows; and take a log level that somebody asked for."""
+        from redisgate import metrics
+
+        logs.set_level(self._board.level)
+        document = metrics.Document("supervisor", time.time())
+        workers = [seat for seat in self._seats if not seat.helper]
+        document.gauge("redisgate_workers", sum(seat.serving is not None for seat in workers))
+        document.gauge("redisgate_workers_wanted", len(workers))
+        document.gauge("redisgate_start_time_seconds", self._started_at)
+        for kind in ("worker", _STEWARD, _METRICS):
+            document.count("redisgate_worker_restarts_total", self._restarts.get(kind, 0), kind=kind)
+        for outcome in ("done", "failed"):
+            document.count("redisgate_reloads_total", self._reloads.get(outcome, 0), outcome=outcome)
+        encoded = metrics.ENCODER.encode(document)
+        self._board.publish(encoded, encoded)
+
+    def _reload_ended(self, outcome: str) -> None:
+        self._reloads[outcome] = self._reloads.get(outcome, 0) + 1
 
     # Starting and replacing
 
@@ -418,6 +467,7 @@ class _Supervisor:
             # The terminal sends these to the whole group; what follows from them is the supervisor's to say.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             for other in self._seats:
                 if other is not seat and other.sock is not None:
@@ -425,9 +475,15 @@ class _Supervisor:
                 for worker in other.workers():
                     if worker.ready_fd >= 0:
                         os.close(worker.ready_fd)
-            logs.enter_worker("steward" if seat.is_steward else seat.index)
+            logs.enter_worker(seat.helper or seat.index)
             logs.configure(settings.log_level, settings.log_format)
-            if seat.sock is None:
+            self._board.enter(seat.index, incarnation)
+            if seat.helper == _METRICS:
+                from redisgate import exporter
+
+                assert seat.sock is not None
+                exporter.run(settings, seat.sock, self._board, ready_fd)
+            elif seat.sock is None:
                 self._steward_main(settings, ready_fd)
             else:
                 self._shared.enter(incarnation)
@@ -465,7 +521,7 @@ class _Supervisor:
         if self._stopping:
             return
         for seat in self._seats:
-            vacant = seat.starting is None and seat.serving is None and not (seat.is_steward and seat.draining)
+            vacant = seat.starting is None and seat.serving is None and not (seat.helper and seat.draining)
             if vacant and now >= seat.retry_at:
                 self._start(seat, self._proven if self._proven.proven else self._generation)
         if self._reload_asked and self._proven.proven:
@@ -482,12 +538,13 @@ class _Supervisor:
         if not outdated:
             if all(seat.serving is not None for seat in self._seats):
                 self._reloading = False
+                self._reload_ended("done")
                 log.info("reloaded")
             return
         # The drain of an earlier reload may still hold the second place; it is bounded.
         for seat in outdated:
-            if seat.is_steward and seat.serving is not None:
-                # Two at once would both look after the same processes; `_advance` starts the next when it has gone.
+            if seat.helper and seat.serving is not None:
+                # Two stewards at once would both look after the same processes; `_advance` starts the next when it has gone.
                 seat.draining, seat.serving = seat.serving, None
                 self._drain(seat.draining)
                 return
@@ -511,6 +568,7 @@ class _Supervisor:
                         self._on_death(seat, worker, os.waitstatus_to_exitcode(wait_status))
 
     def _on_death(self, seat: _Seat, worker: _Worker, code: int) -> None:
+        self._board.gone(seat.index, worker.incarnation)
         how = worker.killed_for or (f"exit status {code}" if code >= 0 else signal.Signals(-code).name)
         if worker.ready_fd >= 0:
             # It may have written its byte and died before we read it.
@@ -531,12 +589,13 @@ class _Supervisor:
                 log.warning("%s (process %d) did not drain: %s", seat, worker.pid, how)
                 self._status = 1
             return
-        if was_starting and not worker.generation.proven and not seat.is_steward:
+        if was_starting and not worker.generation.proven and not seat.helper:
             if not self._proven.proven:
                 _complain(f"worker {seat.index} stopped before it was ready: {how}")
                 self._stop(1)
                 return
             if worker.generation is self._generation:
+                self._reload_ended("failed")
                 log.error(
                     "reload failed: worker %d stopped before it was ready: %s; kept the old settings", seat.index, how
                 )
@@ -545,6 +604,8 @@ class _Supervisor:
                     other.serving and other.serving.generation is not self._proven for other in self._seats
                 )
             return
+        kind = seat.helper or "worker"
+        self._restarts[kind] = self._restarts.get(kind, 0) + 1
         now = time.monotonic()
         lived = now - worker.started
         seat.failures = seat.failures + 1 if lived < SHORT_LIFE else 0
@@ -560,6 +621,7 @@ class _Supervisor:
         was = self._configured
         try:
             settings = ensure_secret_key(self._reload())
+            _check_tls(settings)
             if settings.control.enabled != was.control.enabled:
                 raise StartError("to add or to remove the control plane needs a restart")
             if settings.control.enabled:
@@ -571,6 +633,7 @@ class _Supervisor:
             self._shared.extend(_limited(settings))
         except Exception as error:
             # Whatever went wrong, the gateway that runs must not be stopped by it.
+            self._reload_ended("failed")
             why = " ".join(str(error).split()) or type(error).__name__
             log.error("reload failed: %s; kept the old settings", why)
             return

@@ -9,6 +9,7 @@ import os
 import secrets
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 
 import uvloop
 
@@ -80,6 +81,30 @@ def make_http_server(gateway: Gateway, settings: Settings) -> HttpServer:
     return http
 
 
+async def accept(settings: Settings, sock: socket.socket, http: HttpServer) -> Callable[[], Awaitable[None]]:
+    """Begin to accept connections; returns what ends that."""
+    if settings.tls_cert_file:
+        # Not imported without certificates: OpenSSL takes its time and its memory.
+        from redisgate import tls
+
+        certificates = tls.Certificates(tls.pairs(settings))
+        certificates.watch()
+        listener = tls.TlsListener(sock, certificates, http)
+        listener.start()
+
+        async def stop_tls() -> None:
+            certificates.stop()
+            await listener.stop()
+
+        return stop_tls
+    server = await asyncio.get_running_loop().create_server(http.protocol, sock=sock, backlog=BACKLOG)
+
+    async def stop() -> None:
+        server.close()
+
+    return stop
+
+
 async def serve(settings: Settings, sock: socket.socket, index: int, shared: SharedState, ready_fd: int) -> None:
     """Serve on a bound socket until SIGTERM; then answer what is under way, for `drain_timeout` seconds at most."""
     loop = asyncio.get_running_loop()
@@ -114,14 +139,14 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     gc.freeze()
     if plane is not None:
         await plane.start()
-    server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
+    stop_accepting = await accept(settings, sock, http)
     os.write(ready_fd, b"1")
     os.close(ready_fd)
     log.info("worker %d serves, %s", index, redisgate.build_form())
     await stop.wait()
     log.info("worker %d drains", index)
     gateway.draining = True
-    server.close()
+    await stop_accepting()
     left = await http.drain(settings.limits.drain_timeout)
     if left:
         log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
