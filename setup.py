@@ -25,6 +25,7 @@ COMPILED = [
     "redisgate/access.py",
     "redisgate/access_log.py",
     "redisgate/asgi.py",
+    "redisgate/counters.py",
     "redisgate/exchange.py",
     "redisgate/gateway.py",
     "redisgate/http_head.py",

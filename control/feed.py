@@ -115,6 +115,7 @@ class AccessFeed:
         self._unknown: dict[bytes, float] = {}  # until when (monotonic)
         self._loads: dict[tuple[bytes, str | None], _Load] = {}
         self._turns = asyncio.Semaphore(MAX_LOADS)
+        self._synced = time.monotonic()  # when we last knew of every change
         self._seen: int | None = None  # the last revision whose change is taken into account
         self._catching_up = asyncio.Lock()
         self._wake = asyncio.Event()
@@ -511,6 +512,7 @@ class AccessFeed:
                 MAX_CHANGES + 1,
             )
             newest = rows[0]["newest"]
+            self._synced = time.monotonic()
             if self._seen is None:
                 self._seen = newest
             elif newest != self._seen:
@@ -520,6 +522,11 @@ class AccessFeed:
                     self._forget_subjects({row["subject"] for row in rows})
                 else:
                     self._forget_all()
+
+    @property
+    def age(self) -> float:
+        """Seconds since every change was known."""
+        return time.monotonic() - self._synced
 
     async def _listen(self) -> None:
         """Be woken by notifications, on a connection that proves itself."""

@@ -35,6 +35,7 @@ from control.database import Database, DatabaseAway
 from control.roles import PERMISSIONS, allows
 from control.tokens import InvalidToken, Tokens
 from redisgate.config import ControlSettings, Settings
+from redisgate.counters import METHODS, WORKER
 
 if TYPE_CHECKING:
     from control.audit import Actor, Audit
@@ -412,6 +413,7 @@ def endpoint(
 async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: Context) -> Response:
     """Answer a request to a path whose endpoints are these, by method."""
     request_id = _request_id(request)
+    began = time.perf_counter_ns()
     try:
         chosen = endpoints.get("GET" if request.method == "HEAD" else request.method)
         if chosen is None:
@@ -423,12 +425,16 @@ async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: C
     except ApiError as error:
         response = failure(error)
     except DatabaseAway as error:
+        WORKER.database_errors += 1
         log.warning("%s %s: %s", request.method, request.url.path, error)
         response = failure(Unavailable("the database is not available at the moment; try again"))
     except ClientDisconnect:
         response = Response(status_code=400)
     except Exception as error:
         response = failure(_unexpected(error, request))
+    path = next(iter(endpoints.values())).path
+    method = request.method if request.method.encode() in METHODS else "other"
+    WORKER.control_answered(path, method, response.status_code, time.perf_counter_ns() - began)
     response.headers.setdefault("X-Request-Id", request_id)
     response.headers.setdefault("Cache-Control", "no-store")
     return response

@@ -16,9 +16,11 @@ from control.hosts import host_id
 from control.http import Unavailable, failure
 from control.migrate import MigrationError, migrate, unreachable
 from control.usage import UsageCollector
+from redisgate import board
 from redisgate.access import AccessTable
 from redisgate.asgi import AsgiServer
 from redisgate.config import Settings
+from redisgate.metrics import Document, Publisher
 from redisgate.shared import SharedState
 
 __all__ = ["MigrationError", "Plane", "migrate_at_start", "run_steward"]
@@ -61,6 +63,11 @@ class Plane:
         self.usage.start()
         self.feed.start()
 
+    def collect(self, document: Document) -> None:
+        """For `redisgate.metrics`: how right the access table is."""
+        document.gauge("redisgate_access_table_age_seconds", self.feed.age)
+        document.gauge("redisgate_access_listening", self.feed.listening)
+
     async def stop(self, seconds: float) -> None:
         """End what is under way, within `seconds`."""
         await self.http.finish(seconds)
@@ -87,13 +94,20 @@ def migrate_at_start(settings: Settings) -> None:
 async def run_steward(settings: Settings, stop: asyncio.Event) -> None:
     """Look after this host until `stop`: see `control.steward`. First the database must be there, and up to date."""
     from control import steward
+    from control.provisioning import PROVISIONING
 
     context = make_context(settings, name="redisgate steward")
+    shown = board.current()
+    publisher = Publisher(shown, "steward", [PROVISIONING.collect]) if shown is not None else None
+    if publisher is not None:
+        publisher.start()
     try:
         if await _migrated(settings, stop):
             await steward.run(context, stop)
     finally:
         await context.close()
+        if publisher is not None:
+            publisher.stop()
 
 
 async def _migrated(settings: Settings, stop: asyncio.Event) -> bool:

@@ -16,6 +16,7 @@ may be taken again. What a provisioner did and nobody recorded, it finds again b
 
 import enum
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -27,6 +28,7 @@ from control.database import Connection, Database, Record
 from control.encryption import DecryptionError, Encryption
 from control.instances import secret_context, spec_of
 from control.provisioners import Found, OnStep, Provisioner, ProvisionError, Spec
+from control.provisioning import PROVISIONING
 
 MAX_CREATE_ATTEMPTS: Final = 3
 """Failures after which a creation is rolled back."""
@@ -152,6 +154,7 @@ class Reconciler:
 
     async def _take(self, step: Step, row: Record, provisioner: Provisioner) -> None:
         """Take a step, and put on record how it went."""
+        began = time.monotonic()
         try:
             # What Redis is told of passwords beside the current one depends on the step.
             only_these = row["old_password_until"] is None or step in (Step.FORGET_PASSWORD, Step.START, Step.CREATE)
@@ -161,8 +164,10 @@ class Reconciler:
             await _STEPS[step](self, row, spec, provisioner)
         except (ProvisionError, DecryptionError) as error:
             permanent = isinstance(error, DecryptionError) or error.permanent
+            PROVISIONING.step(row["provisioner"], step.value, "failed", began)
             await self._failed(row, step, str(error), permanent)
         else:
+            PROVISIONING.step(row["provisioner"], step.value, "done", began)
             self._on_step(f"{step.value}: recorded")
 
     async def _check(self, row: Record, provisioner: Provisioner) -> bool:
@@ -178,6 +183,7 @@ class Reconciler:
                 )
             return True
         log.warning("instance %s: %s", row["id"], reason)
+        PROVISIONING.step(row["provisioner"], Step.CHECK.value, "failed", time.monotonic())
         async with self._database.transaction() as connection:
             await connection.execute(
                 "UPDATE instances SET status = 'error', status_reason = $2, status_at = now(), attempts = attempts + 1,"

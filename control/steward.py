@@ -30,6 +30,7 @@ from control.http import Context
 from control.instances import external_provisioner, spec_of
 from control.provisioners import OnStep, Provisioner, ProvisionError
 from control.provisioners.local import LocalProvisioner, find_servers
+from control.provisioning import PROVISIONING
 from control.reconciler import Reconciler, Step, next_step
 from control.settings import instances_dir
 from redisgate.config import ConfigError, Settings
@@ -49,7 +50,13 @@ MAX_AT_ONCE: Final = 32
 """Instances that are worked on side by side; most of that is waiting, for a server that loads its data for example."""
 LEADER_LOCK: Final = 0x52474C44
 """The advisory lock of the steward that works for the whole deployment."""
-MODULES_WITH_DUTIES: Final = ("control.accounts", "control.audit", "control.usage", "control.instances")
+MODULES_WITH_DUTIES: Final = (
+    "control.accounts",
+    "control.audit",
+    "control.usage",
+    "control.instances",
+    "control.provisioning",
+)
 
 log = logging.getLogger(__name__)
 
@@ -277,6 +284,7 @@ class Steward:
                     break
                 await asyncio.sleep(LEADER_SECONDS)
             log.info("this host works for the whole deployment")
+            PROVISIONING.leads = True
             self._provisioners["external"] = external_provisioner(self._context)
             tasks = [asyncio.create_task(self._forever("the sweep of external instances", self._sweep_external))]
             tasks.append(asyncio.create_task(self._forever("the watch over hosts", self._watch_hosts)))
@@ -286,6 +294,7 @@ class Steward:
                     await connection.execute("SELECT 1")
                     await asyncio.sleep(LEADER_SECONDS)
             finally:
+                PROVISIONING.leads = False
                 del self._provisioners["external"]
                 for task in tasks:
                     task.cancel()

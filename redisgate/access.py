@@ -20,6 +20,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Any, Protocol
 
 from redisgate.config import InstanceConfig
+from redisgate.counters import WORKER
 from redisgate.exchange import UNAUTHORIZED_LINE
 from redisgate.policy import Policy, Scope
 from redisgate.scripts import InstanceScripts, ScriptCache
@@ -118,6 +119,7 @@ class Instance:
         "_users",
         "backend",
         "config",
+        "counters",
         "id",
         "label",
         "names",
@@ -133,6 +135,7 @@ class Instance:
         self.id = config.id
         self.slug = config.slug
         self.label = config.slug if label is None else label
+        self.counters = WORKER.instance(config.id, self.label or config.id)
         # A host comes in lower case: there is no case in domain names.
         names = (config.id, config.slug, self.label)
         self.names = frozenset((*names, *(name.lower() for name in names)))
@@ -167,6 +170,10 @@ class Instance:
         """Whether a command may make the data grow; of one that the table does not know: False."""
         command = self.table.find(argv)
         return command is not None and "denyoom" in command.flags
+
+    def backends(self) -> list[Backend]:
+        """Its connections, by Redis user."""
+        return [self.backend, *self._users.values()]
 
     @property
     def last_used(self) -> float:
@@ -224,6 +231,8 @@ class LimitRefusal:
     line: bytes
     retry_after: int
     status: int = 429
+    kind: str = "rate"
+    """Which limit: rate, daily, size; for the metrics."""
     wait: Callable[[], Coroutine[Any, Any, None]] | None = None
 
 
@@ -376,6 +385,11 @@ class AccessTable:
         """Let `credential` grant nothing more."""
         if self._grants.pop(credential, None) is not None:
             self.revision += 1
+
+    @property
+    def size(self) -> int:
+        """How many credentials are known."""
+        return len(self._grants)
 
     def find(self, credential: bytes) -> Grant | None:
         """What stands in the table, whether or not it has expired."""

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
+from redisgate.counters import CONTROL
 from redisgate.exchange import RETRY_AFTER, Exchange, Pieces
 from redisgate.http_head import Head, header_fields
 from redisgate.replies import JSON
@@ -77,7 +78,7 @@ def _scope(connection: "HttpConnection", method: bytes, path: bytes, query: byte
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": head.version[5:].decode(),
         "method": method.decode().upper(),
-        "scheme": "http",
+        "scheme": "http" if transport.get_extra_info("sslcontext") is None else "https",
         "path": unquote_to_bytes(path).decode("utf-8", "replace"),
         "raw_path": path,
         "query_string": query,
@@ -95,6 +96,7 @@ class AsgiExchange(Exchange):
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes, body: bytes) -> None:
         super().__init__(connection, head, method)
+        self.route = CONTROL
         self.rendering = JSON  # of an error of ours
         self._body: bytes | None = body  # until the application took it
         self._gone = asyncio.Event()  # the client has left, or the answer is complete
@@ -173,6 +175,8 @@ class AsgiExchange(Exchange):
             if lowered == b"content-type":
                 self._content_type = bytes(value)
                 self._endless = self._content_type.startswith(b"text/event-stream")
+            elif lowered == b"x-request-id" and self._head.request_id:
+                pass  # every answer repeats what the client brought
             elif lowered not in _OWN_HEADERS:
                 lines.append(b"%b: %b\r\n" % (name, value))
         self._headers = b"".join(lines)
@@ -200,13 +204,15 @@ class AsgiExchange(Exchange):
             connection.release()
             self._gone.set()
             self._connection = None
+            if not self._endless:
+                self._count(connection.server.counters, self._status, 0)
             connection.answered(self, self._chunks.waiting + head + body)
             return
         if connection.exchanges[0] is not self:
             self._chunks.waiting += head + body
             await self._until_ready()
         else:
-            connection.transport.write(head + body)
+            connection.send(head + body)
             if connection.write_paused:
                 await self._until_ready()
 
@@ -218,6 +224,10 @@ class AsgiExchange(Exchange):
         else:
             framing = b"Connection: close\r\n"
             connection.closing = True
+        if self._endless:
+            self._count(connection.server.counters, self._status, 0)  # its latency is the time until it began
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, self._status)
         start = connection.server.heads.start(self._status, self._content_type)
         return b"".join((start, self._head.extra, self._headers, framing, b"\r\n"))
 
@@ -243,7 +253,7 @@ class AsgiExchange(Exchange):
             return
         if chunks.waiting:
             body, chunks.waiting = chunks.waiting, b""
-            connection.transport.write(body)
+            connection.send(body)
         if not connection.write_paused:
             self._wake()
 

@@ -24,6 +24,10 @@ from resp.address import Address, parse_url
 from resp.commands import bundled_table
 
 
+SETTINGS_VERSION = 1
+"""Of the file, as its line `settings_version` says; raised when the meaning of a setting changes or one goes away."""
+
+
 class ConfigError(Exception):
     """A setting is wrong. One line: where, what, and how to mend it; never a secret."""
 
@@ -480,8 +484,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(setting.flag, metavar=setting.name.upper(), dest=setting.name, help=setting.help)
 
 
-def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Settings:
-    """The settings from flags (a parsed command line's `vars()`), variables and file.
+def _warn(text: str) -> None:
+    print(f"redisgate: warning: {text}", file=sys.stderr)
+
+
+def load(
+    flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path, warn: Callable[[str], None] = _warn
+) -> Settings:
+    """The settings from flags (a parsed command line's `vars()`), variables and file; `warn` hears of what is odd.
 
     Raises:
         ConfigError: one of them is wrong.
@@ -491,6 +501,14 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
     path = flags.get("config") or environ.get("REDISGATE_CONFIG")
     document = _read_file(cwd / path) if path else {}
     where = str(path)
+    version = document.pop("settings_version", SETTINGS_VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ConfigError(f"{path}: settings_version: expected a whole number such as {SETTINGS_VERSION}")
+    if version > SETTINGS_VERSION:
+        raise ConfigError(
+            f"{path} is written for a newer release: its settings_version is {version}, and this release knows up to"
+            f" {SETTINGS_VERSION}; upgrade, or use the file of before"
+        )
     tables = {"limits": document.pop("limits", {}), "control": document.pop("control", {})}
     instance_tables = _tables(document, "instances", where)
     token_tables = _tables(document, "tokens", where)
@@ -524,7 +542,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
                 general["host"] = found.host
     _check_unique(instances, tokens)
     if instances and not tokens:
-        print("redisgate: warning: there is no token, so every command will be answered 401", file=sys.stderr)
+        warn("there is no token, so every command will be answered 401")
     known_variables = {setting.variable for setting in (*SETTINGS, *SINGLE)} | {"REDISGATE_CONFIG"}
     known_variables |= {setting.other_variable for setting in SETTINGS}
     known_variables |= {
@@ -532,7 +550,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], cwd: Path) -> Set
     }
     for name in environ:
         if name.startswith("REDISGATE_") and name not in known_variables:
-            print(f"redisgate: warning: the variable {name} is no setting; see docs/configuration.md", file=sys.stderr)
+            warn(f"the variable {name} is no setting; see docs/configuration.md")
     state_dir = Path(general.pop("state_dir") or default_state_dir(environ))
     secret = general.pop("secret_key")
     if secret is not None and len(secret) < 16:

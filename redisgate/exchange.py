@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
+from redisgate.counters import OTHER, PIPELINE, TRANSACTION, Counters, InstanceCounters, Series
 from redisgate.http_head import Head
 from redisgate.http_response import length_line
 from redisgate.replies import JSON, JsonRendering, Rendering, ReplyStream
@@ -48,13 +49,16 @@ class Exchange(Waiter):
     """The answer goes on until the client leaves."""
 
     __slots__ = (
-        "_began",
         "_connection",
         "_head",
         "_limiter",
         "_method",
         "_pieces",
+        "began",
+        "instance",
         "rendering",
+        "route",
+        "series",
         "target",
         "waiting_payload",
     )
@@ -70,13 +74,26 @@ class Exchange(Waiter):
         self.waiting_payload: bytes | None = None  # a response whose turn has not come
         self._pieces: Pieces | None = None  # of a response that leaves in pieces
         self._limiter: Limiter | None = None  # that hears of the answer
-        self._began = 0
+        self.began = time.perf_counter_ns()
+        # What counts the answer: `redisgate.counters`
+        self.route = OTHER
+        self.series: Series | None = None  # None: its route's
+        self.instance: InstanceCounters | None = None
         connection.exchanges.append(self)
 
     def meter(self, limiter: "Limiter") -> None:
         """Let `limiter` hear of the answer, and the answer say how much is left."""
         self._limiter = limiter
-        self._began = time.perf_counter_ns()
+
+    def _count(self, counters: Counters, status: int, size: int) -> None:
+        """It was answered with a body of so many bytes."""
+        nanos = time.perf_counter_ns() - self.began
+        limiter = self._limiter
+        if limiter is not None and limiter.cell is not None:
+            limiter.cell.answered(nanos, status, size)
+        counters.answered(
+            self.route, self._method, status, nanos, size, self.series, self.instance, self._head.trace_id
+        )
 
     # Answers from here
 
@@ -86,13 +103,11 @@ class Exchange(Waiter):
         if connection is None:
             return
         self._connection = None
-        limiter = self._limiter
-        if limiter is not None:
-            if limiter.cell is not None:
-                limiter.cell.answered(self._began, status, len(body))
-            if limiter.limited:
-                headers = limiter.headers() + headers
         server = connection.server
+        self._count(server.counters, status, len(body))
+        limiter = self._limiter
+        if limiter is not None and limiter.limited:
+            headers = limiter.headers() + headers
         extra = self._head.extra + headers if headers else self._head.extra
         if connection.closing or server.draining:
             extra += self._close_line(connection)
@@ -117,6 +132,7 @@ class Exchange(Waiter):
         if connection is None:
             return
         self._connection = None
+        self._count(connection.server.counters, 204, 0)
         if connection.server.access_log is not None:
             connection.server.access_log.answered(self, 204)
         heads = connection.server.heads
@@ -238,8 +254,7 @@ class Exchange(Waiter):
         if self._head.version == b"HTTP/1.1" and self._method != b"HEAD":
             payload += b"0\r\n\r\n"
         self._connection = None
-        if self._limiter is not None and self._limiter.cell is not None:
-            self._limiter.cell.answered(self._began, pieces.status, 0)
+        self._count(connection.server.counters, pieces.status, 0)
         connection.answered(self, payload)
 
     def _send(self, status: int, body: bytes) -> None:
@@ -253,12 +268,14 @@ class Exchange(Waiter):
             head = self._stream_head(connection, status)
         if self._limiter is not None and self._limiter.cell is not None:
             self._limiter.cell.bytes_out += len(body)
+        if self.instance is not None:
+            self.instance.bytes_out += len(body)
         if self._method == b"HEAD" or not body:
             body = b""
         elif self._head.version == b"HTTP/1.1":
             body = b"%x\r\n%b\r\n" % (len(body), body)
         if connection.exchanges[0] is self:
-            connection.transport.write(head + body)
+            connection.send(head + body)
         else:
             pieces.waiting += head + body
 
@@ -269,7 +286,7 @@ class Exchange(Waiter):
             return
         if pieces.waiting:
             body, pieces.waiting = pieces.waiting, b""
-            connection.transport.write(body)
+            connection.send(body)
         if pieces.redis is not None and not connection.write_paused:
             pieces.redis.resume_reading()
 
@@ -297,6 +314,7 @@ class Exchange(Waiter):
         connection = self._connection
         self._abandon()
         if connection is not None:
+            connection.server.counters.uncounted(self.route, self._method, 502)
             connection.reset()
 
     def _abandon(self) -> None:
@@ -322,8 +340,9 @@ class Exchange(Waiter):
     def client_gone(self) -> None:
         """The connection is closed."""
         connection = self._connection
-        if connection is not None and connection.server.access_log is not None:
-            if self._pieces is None or not self._pieces.started:
+        if connection is not None and (self._pieces is None or not self._pieces.started):
+            connection.server.counters.uncounted(self.route, self._method, 499)
+            if connection.server.access_log is not None:
                 connection.server.access_log.answered(self, 499)
         self._abandon()
 
@@ -338,6 +357,7 @@ class PipelineExchange(Exchange):
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes) -> None:
         super().__init__(connection, head, method)
+        self.route = PIPELINE
         self.inserts: Mapping[int, bytes] = {}
 
     def _render(self, frames: bytes, depth: int) -> tuple[int, bytes]:
@@ -354,6 +374,7 @@ class TransactionExchange(Exchange):
 
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes) -> None:
         super().__init__(connection, head, method)
+        self.route = TRANSACTION
         if not isinstance(self.rendering, JsonRendering):
             self.rendering = JSON
 

@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import redisgate
 from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, Instance, LimitRefusal, Refusal
 from redisgate.config import Settings
+from redisgate.counters import COMMAND, WORKER, Series
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
 from redisgate.http_head import Head
 from redisgate.http_protocol import ALLOW, HttpConnection
@@ -87,6 +88,9 @@ class Gateway:
         self._any_origin = "*" in settings.cors_origins
         self._origins = frozenset(origin.encode() for origin in settings.cors_origins)
         self.draining = False
+        self.on_submit: Callable[[Exchange, Backend, bytes], None] | None = None
+        """Hears of what goes to Redis; for tracing."""
+        self._unknown_series = WORKER.family(None)
         # First segments of paths that are no commands, on the main host and in an instance's own space.
         self._endpoints: dict[bytes, Callable[..., None]] = {
             b"pipeline": self._pipeline,
@@ -116,7 +120,7 @@ class Gateway:
         if head.origin is not None and (self._any_origin or head.origin in self._origins):
             head.extra = (
                 b"Access-Control-Allow-Origin: %b\r\n"
-                b"Access-Control-Expose-Headers: Upstash-Sync-Token, Retry-After,"
+                b"Access-Control-Expose-Headers: Upstash-Sync-Token, Retry-After, X-Request-Id, Traceparent,"
                 b" RateLimit-Limit, RateLimit-Remaining, RateLimit-Reset\r\n"
                 b"Vary: Origin\r\n" % (b"*" if self._any_origin else head.origin)
             )
@@ -124,6 +128,10 @@ class Gateway:
             head.extra = b"Vary: Origin\r\n"
         if head.version == b"HTTP/1.0" and head.keep_alive:
             head.extra += b"Connection: keep-alive\r\n"
+        if head.traceparent:
+            head.extra += b"Traceparent: %b\r\n" % head.traceparent
+        if head.request_id:
+            head.extra += b"X-Request-Id: %b\r\n" % head.request_id
         self._authorize(head)
 
     def _authorize(self, head: Head) -> None:
@@ -257,6 +265,7 @@ class Gateway:
 
     async def _load(self, exchange: Exchange, credential: bytes, reference: str | None) -> None:
         assert self._access.source is not None
+        WORKER.loads += 1
         refusal = await self._access.source.load(credential, reference)
         if refusal is not None:
             exchange.error(refusal.status, refusal.line, refusal.headers)
@@ -283,6 +292,11 @@ class Gateway:
 
     def _command(self, connection: HttpConnection, method: bytes, head: Head, grant: Grant, argv: Argv) -> None:
         exchange = Exchange(connection, head, method)
+        exchange.route = COMMAND
+        exchange.instance = grant.instance.counters
+        rule = grant.policy.rule(argv[0])
+        series = self._unknown_series if rule is None else rule.series
+        exchange.series = series
         limiter = grant.limiter
         if limiter is not None:
             exchange.meter(limiter)
@@ -292,11 +306,12 @@ class Gateway:
                 return
             if limiter.cell is not None and limiter.cell.address is None:
                 limiter.cell.address = self._peers.client(connection, head)
-        rule = grant.policy.rule(argv[0])
         if grant.instance.over_capacity and rule is not None and rule.refusal is None:
             if grant.instance.needs_memory(argv):
+                WORKER.refused("memory")
                 exchange.error(400, OVER_CAPACITY)
                 return
+        series.commands += 1
         if rule is not None and rule.plain:
             self._submit(connection, exchange, encode_command(argv), grant.backend, rule.slow)
         elif rule is not None and rule.refusal is not None:
@@ -335,6 +350,10 @@ class Gateway:
         self, connection: HttpConnection, exchange: Exchange, payload: bytes, backend: Backend, slow: bool
     ) -> None:
         pool = backend.pool
+        if exchange.instance is not None:
+            exchange.instance.bytes_in += len(payload)
+        if self.on_submit is not None:
+            self.on_submit(exchange, backend, payload)
         if len(connection.exchanges) > 1 and (slow or connection.route is None or pool.shared is not connection.route):
             # Requests that a client pipelines run in their order, so they go one way or one at a time.
             connection.hold(lambda: self._submit_alone(connection, exchange, payload, backend, slow))
@@ -358,6 +377,7 @@ class Gateway:
         if refusal.wait is not None and connection is not None:
             self._later(connection, exchange, refusal.wait(), lambda: self._instead(exchange, again))
             return
+        WORKER.refused(refusal.kind)
         retry_after = b"Retry-After: %d\r\n" % refusal.retry_after if refusal.retry_after else b""
         exchange.error(refusal.status, refusal.line, retry_after)
 
@@ -370,6 +390,7 @@ class Gateway:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
         exchange = PipelineExchange(connection, head, method)
+        exchange.instance = grant.instance.counters
         if grant.limiter is not None:
             exchange.meter(grant.limiter)
         commands = self._commands(
@@ -410,6 +431,7 @@ class Gateway:
             self._command(connection, method, head, grant, [*segments, body] if body else segments)
             return
         exchange = TransactionExchange(connection, head, method)
+        exchange.instance = grant.instance.counters
         if grant.limiter is not None:
             exchange.meter(grant.limiter)
         commands = self._commands(
@@ -499,6 +521,7 @@ class Gateway:
     ) -> None:
         """Check the commands and call `send`, at once unless the server has to be asked something first."""
         checked = Checked(grant)
+        checked.counts = exchange.series is None  # a single command is counted already
         if checked.check(commands, self._is_unknown):
             send(checked)
         else:
@@ -662,6 +685,7 @@ class Gateway:
             )
             return
         exchange.grant = grant
+        exchange.instance = grant.instance.counters
         exchange.begin(grant.backend.subscriptions, segments[1:], pattern=pattern)
 
     def _monitor(
@@ -680,6 +704,7 @@ class Gateway:
             self._refuse(exchange, limit, lambda: self._monitor(connection, method, head, grant, segments, body))
             return
         exchange.grant = grant
+        exchange.instance = grant.instance.counters
         exchange.begin(grant.backend.monitor)
 
     # What is no command
@@ -711,7 +736,7 @@ class Gateway:
             b"Access-Control-Allow-Methods: %b\r\n"
             b"Access-Control-Allow-Headers: Authorization, Cache-Control, Content-Type, Upstash-Encoding,"
             b" Upstash-Response-Format, Upstash-Sync-Token, Upstash-Telemetry-Sdk, Upstash-Telemetry-Platform,"
-            b" Upstash-Telemetry-Runtime\r\n"
+            b" Upstash-Telemetry-Runtime, X-Request-Id, Traceparent, Tracestate\r\n"
             b"Access-Control-Max-Age: %b\r\n" % (methods, _CORS_MAX_AGE),
         )
 
@@ -752,13 +777,15 @@ class Gateway:
 class Checked:
     """A list of commands after the policy: each a command to send, or the frame it is answered with."""
 
-    __slots__ = ("_grant", "outcomes", "prepared", "slow")
+    __slots__ = ("_counted", "_grant", "counts", "outcomes", "prepared", "slow")
 
     def __init__(self, grant: Grant) -> None:
         self._grant = grant
         self.outcomes: list[Argv | bytes] = []
         self.prepared: dict[int, Argv | bytes] = {}  # outcomes found out by asking the server
         self.slow = False
+        self.counts = True  # the commands are to be counted by family
+        self._counted = 0  # of them have been
 
     def check(self, commands: list[Argv], is_unknown: Callable[[str, bytes], bool]) -> bool:
         """Decide each command. False: the server has to be asked something first; call again afterwards."""
@@ -767,13 +794,19 @@ class Checked:
         over_capacity = grant.instance.over_capacity
         outcomes: list[Argv | bytes] = []
         slow = False
+        counted = self._counted if self.counts else len(commands)
         for index, argv in enumerate(commands):
             rule = rule_of(argv[0])
             if rule is None:
                 if not is_unknown(grant.instance.id, argv[0]):
                     return False
+                if index >= counted:
+                    self._count(WORKER.family(None), index, refused=True)
                 outcomes.append(unknown_command(argv))
-            elif over_capacity and rule.refusal is None and grant.instance.needs_memory(argv):
+                continue
+            if index >= counted:
+                self._count(rule.series, index, refused=rule.refusal is not None)
+            if over_capacity and rule.refusal is None and grant.instance.needs_memory(argv):
                 outcomes.append(b"-%b\r\n" % OVER_CAPACITY)
             elif rule.plain:
                 slow = slow or rule.slow
@@ -786,6 +819,12 @@ class Checked:
         self.outcomes = outcomes
         self.slow = self.slow or slow
         return True
+
+    def _count(self, series: Series, index: int, *, refused: bool) -> None:
+        self._counted = index + 1
+        series.commands += 1
+        if refused:
+            series.errors += 1
 
     def _one(self, rule: Rule, argv: Argv, index: int) -> Argv | bytes | None:
         if rule.refusal is not None:

@@ -43,11 +43,14 @@ class Head:
         "preflight",
         "problem",
         "rendering",
+        "request_id",
         "response_format",
         "revision",
         "size",
         "start",
         "tail",
+        "trace_id",
+        "traceparent",
         "version",
     )
 
@@ -65,6 +68,9 @@ class Head:
         self.response_format: bytes | None = None
         self.origin: bytes | None = None
         self.preflight = False
+        self.request_id = b""  # the client's, fit to be repeated; or nothing
+        self.traceparent = b""  # the same
+        self.trace_id = b""  # of `traceparent`: 32 hexadecimal digits
         # What the gateway derives from the above, once:
         self.extra = b""  # header lines for every response to such a request
         self.grant: Any = None
@@ -85,6 +91,10 @@ def split_block(block: bytes) -> tuple[bytes, bytes]:
 
 
 _SYNC_TOKEN: Final = re.compile(rb"\r\nupstash-sync-token: ?([0-9A-Za-z]+)\r\n", re.IGNORECASE)
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+# Version 00 of https://www.w3.org/TR/trace-context/#traceparent-header.
+_TRACEPARENT: Final = re.compile(rb"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+_NO_TRACE: Final = b"0" * 32
 _HOST: Final = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 _DIGITS: Final = re.compile(rb"[0-9]{1,18}")
 
@@ -153,6 +163,13 @@ def parse_head(block: bytes, version: bytes) -> Head:
             head.origin = value.strip()
         elif name == b"access-control-request-method":
             head.preflight = True
+        elif name == b"x-request-id":
+            if _REQUEST_ID.fullmatch(value.strip()) is not None:
+                head.request_id = value.strip()
+        elif name == b"traceparent":
+            trace = _TRACEPARENT.fullmatch(value.strip())
+            if trace is not None and trace[1] != _NO_TRACE and trace[2] != _NO_TRACE[:16]:
+                head.traceparent, head.trace_id = value.strip(), trace[1]
     if hosts != 1 and (hosts or version == b"HTTP/1.1"):
         raise HttpError(400, "a request needs exactly one Host header")
     if _HOST.fullmatch(head.host) is None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from redisgate.config import Limits
+from redisgate.counters import WORKER
 from redisgate.http_head import ChunkedBody, Head, HttpError, parse_head, split_block
 from redisgate.http_response import ResponseHeads
 from redisgate.replies import JSON
@@ -95,6 +96,7 @@ class HttpServer:
         self.limits = limits
         self.heads = heads
         self.access_log: AccessLog | None = None
+        self.counters = WORKER
         self.connections: set[HttpConnection] = set()
         self.streams: set[StreamExchange] = set()
         self.draining = False
@@ -224,8 +226,10 @@ class HttpConnection:
         self.transport = transport
         server = self.server
         if len(server.connections) >= server.limits.max_connections:
+            server.counters.refused_connections += 1
             transport.abort()
             return
+        server.counters.connections += 1
         server.connections.add(self)
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self.deadline = server.idle_deadline
@@ -248,9 +252,12 @@ class HttpConnection:
         if self.exchanges and self.exchanges[-1].endless:
             return False
         self._take_the_last()
+        if self.transport.get_extra_info("sslcontext") is not None:
+            return False  # under TLS there is no half of a connection to keep open
         return bool(self.exchanges or self._tail)
 
     def data_received(self, data: bytes) -> None:
+        self.server.counters.bytes_in += len(data)
         if self._refusing:
             return
         if self._tail:
@@ -483,6 +490,11 @@ class HttpConnection:
         if self._tail:
             asyncio.get_running_loop().call_soon(self._go_on)
 
+    def send(self, data: bytes) -> None:
+        """Write a part of the answer whose turn it is."""
+        self.server.counters.bytes_out += len(data)
+        self.transport.write(data)
+
     def answered(self, exchange: "Exchange", payload: bytes, body: bytes = b"") -> None:
         """`payload` and then `body` are the whole response of `exchange`, or the last of it."""
         exchanges = self.exchanges
@@ -490,6 +502,7 @@ class HttpConnection:
             exchange.waiting_payload = payload + body
             return
         exchanges.popleft()
+        self.server.counters.bytes_out += len(payload) + len(body)
         if body:
             self.transport.writelines((payload, body))
         else:
@@ -503,7 +516,7 @@ class HttpConnection:
         """After an answer: close, or go on with what waits."""
         exchanges = self.exchanges
         while exchanges and exchanges[0].waiting_payload is not None:
-            self.transport.write(exchanges.popleft().waiting_payload or b"")
+            self.send(exchanges.popleft().waiting_payload or b"")
         if exchanges:
             exchanges[0].at_front()
         if self._held is not None:

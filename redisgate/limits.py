@@ -119,11 +119,11 @@ class Limit:
                 line = b"ERR max daily request limit exceeded. Limit: %d, Usage: %d" % (self._daily, usage)
                 if self._lease is not None and used + count <= self._daily:
                     if self._lease.may_grow(count):
-                        return LimitRefusal(line, 1, wait=self._lease.answer)
+                        return LimitRefusal(line, 1, kind="daily", wait=self._lease.answer)
                     # Other gateways hold the rest, and give back what they do not use.
                     retry_after = math.ceil(midnight - now) if usage >= self._daily and not others else 1
-                    return LimitRefusal(line, retry_after)
-                return LimitRefusal(line, math.ceil(midnight - now))
+                    return LimitRefusal(line, retry_after, kind="daily")
+                return LimitRefusal(line, math.ceil(midnight - now), kind="daily")
         if self._rate is not None:
             recent = counter.rate_usage(now)
             if self._rate - recent < left:
@@ -197,7 +197,7 @@ class Meter:
     @staticmethod
     def _too_large(size: int, limit: int) -> LimitRefusal:
         line = b"ERR max request size exceeded. Limit: %d bytes, Actual: %d bytes" % (limit, size)
-        return LimitRefusal(line, 0, 413)
+        return LimitRefusal(line, 0, 413, "size")
 
     def _spend(self, count: int) -> LimitRefusal | None:
         now = time.time()

@@ -31,6 +31,8 @@ PATIENCE = 0.1
 EXIT_PATIENCE = 1.0
 """Seconds a process that ends waits for its last lines to be taken."""
 
+_configured = "info"
+_asked = ""  # while the process runs; instead of the configured level
 _PIPE_BUF = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
 _COMMAND = re.compile(rb"[A-Za-z][A-Za-z0-9._-]{0,31}")
 _INSTANCE_PREFIX = b"redis"
@@ -75,7 +77,8 @@ class _Handler(logging.Handler):
         self._wake = threading.Event()
         self._writing = False
         self._thread: threading.Thread | None = None
-        self.dropped = 0
+        self.dropped = 0  # not yet said
+        self.lost = 0  # ever
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -102,6 +105,7 @@ class _Handler(logging.Handler):
 
     def _take_dropped(self) -> bytes:
         dropped, self.dropped = self.dropped, 0
+        self.lost += dropped
         return b"%d log lines dropped: nobody took them from standard error\n" % dropped if dropped else b""
 
     def _run(self) -> None:
@@ -137,9 +141,23 @@ def configure(level: str, format: str, *, fd: int = 2) -> None:
         handler = _Handler(fd)
         root.addHandler(handler)
     handler.setFormatter(_JsonFormatter() if format == "json" else _TextFormatter())
-    root.setLevel(level.upper())
+    global _configured
+    _configured = level
+    set_level(_asked)
     # asyncio's own chatter is for people who debug the loop.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def set_level(name: str) -> None:
+    """Log from another level up while the process runs; empty: from the configured one."""
+    global _asked
+    _asked = name
+    logging.getLogger().setLevel((name or _configured).upper())
+
+
+def dropped_lines() -> int:
+    """How many lines of this process nobody took from standard error."""
+    return sum(handler.lost for handler in logging.getLogger().handlers if isinstance(handler, _Handler))
 
 
 def enter_worker(index: int | str) -> None:

@@ -6,9 +6,12 @@ empties it (the control plane) takes what it holds and leaves zeros.
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from redisgate.access import IpAddress
 from resp.commands import CommandTable
+
+if TYPE_CHECKING:
+    from redisgate.access import IpAddress
 
 BUCKETS = 88
 """Of a latency histogram: four to the octave, from 16 microseconds to a minute."""
@@ -102,9 +105,8 @@ class UsageCell:
         self.kinds[name] = kind
         return kind
 
-    def answered(self, began: int, status: int, size: int) -> None:
-        """A request that began at `began` was answered with `size` bytes."""
-        nanos = clock() - began
+    def answered(self, nanos: int, status: int, size: int) -> None:
+        """A request was answered with `size` bytes after so many nanoseconds."""
         self.nanos += nanos
         self.bytes_out += size
         # bucket_of, without the call

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from redisgate.counters import WORKER, Series
 from resp.commands import Command, CommandTable, integer, word
 
 # Spellings remembered per policy; when full, all are forgotten, which costs each one more look into the table.
@@ -57,10 +58,13 @@ LOCAL_OK = Verdict(local=b"+OK\r\n")
 Check = Callable[[Sequence[bytes]], Verdict]
 
 
+_NOBODYS = Series()
+
+
 class Rule:
     """What a policy says of one command name. Neither plain nor a refusal: `check` looks at the arguments."""
 
-    __slots__ = ("check", "plain", "refusal", "resttoken", "script", "slow")
+    __slots__ = ("check", "plain", "refusal", "resttoken", "script", "series", "slow")
 
     plain: bool  # nothing in the arguments matters: send it, by the slow lane if slow
     slow: bool  # belongs to the slow lane
@@ -68,6 +72,7 @@ class Rule:
     script: bool  # EVAL, EVALSHA, their _RO forms and SCRIPT: may need rewriting
     resttoken: bool  # may be ACL RESTTOKEN, which check() leaves to the gateway: it never reaches Redis
     check: Check  # right for plain and refused commands too; never raises
+    series: Series  # that counts it
 
     def __init__(
         self,
@@ -85,6 +90,7 @@ class Rule:
         self.script = script
         self.resttoken = resttoken
         self.check = check if check is not None and refusal is None else lambda argv: constant
+        self.series = _NOBODYS
 
 
 # --- What nobody may run over a shared connection ---------------------------------------------------------------------
@@ -393,6 +399,7 @@ class Policy:
         self._rules: dict[bytes, Rule] = {}  # by upper-case name; as bounded as the table
         self._spellings: dict[bytes, Rule] = {}
         self._unspeakable = Rule(refusal=_UNKNOWN)
+        self._unspeakable.series = WORKER.family(None)
 
     def rule(self, name: bytes) -> Rule | None:
         """The rule for a command name in any case.
@@ -425,6 +432,7 @@ class Policy:
             if command is None:
                 return None
             rule = self._rules[upper] = self._make_rule(command)
+            rule.series = WORKER.family(command)
         if len(self._spellings) >= MAX_REMEMBERED_NAMES:
             self._spellings.clear()
         self._spellings[name] = rule

@@ -8,6 +8,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING
 
+from redisgate.counters import STREAM
 from redisgate.exchange import RETRY_AFTER, UNAUTHORIZED_LINE, Exchange, Pieces
 from redisgate.http_head import Head
 from redisgate.replies import JSON
@@ -40,6 +41,7 @@ class StreamExchange(Exchange):
     def __init__(self, connection: "HttpConnection", head: Head, method: bytes, limit: int) -> None:
         """`limit`: bytes the client may leave unread."""
         super().__init__(connection, head, method)
+        self.route = STREAM
         self.rendering = JSON  # of an error before the stream begins; a stream is never encoded
         self._pieces = self._progress = Pieces()
         self._limit = limit
@@ -71,7 +73,7 @@ class StreamExchange(Exchange):
             if len(self._progress.waiting) > self._limit:
                 self._cut_off("the reader is too slow")
             return
-        transport.write(self._framed(event))
+        connection.send(self._framed(event))
         if transport.get_write_buffer_size() > self._limit:
             self._cut_off("the reader is too slow")
 
@@ -87,6 +89,7 @@ class StreamExchange(Exchange):
         assert connection is not None
         if self._method != b"HEAD" or not self._head.keep_alive:
             connection.closing = True
+        self._count(connection.server.counters, 200, 0)  # its latency is the time until it began
         if connection.server.access_log is not None:
             connection.server.access_log.answered(self, 200)
         return b"%b%b%b%b%b\r\n" % (

@@ -20,6 +20,7 @@ import errno
 import gc
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -30,8 +31,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from redisgate import logs
-from redisgate.board import HELPERS, Board
 from redisgate.access import token_digest
+from redisgate.board import HELPERS, Board
 from redisgate.config import ConfigError, Settings, ensure_secret_key
 from redisgate.shared import INCARNATIONS, SharedState, SharedStateError
 
@@ -133,6 +134,7 @@ def run(
     Must be called in the main thread of a process that has no other.
     """
     logs.configure(settings.log_level, settings.log_format)
+    _raise_file_limit()
     if worker_main is None or steward_main is None:
         from redisgate import worker
 
@@ -177,6 +179,14 @@ def _prepare_control_plane(settings: Settings) -> None:
         plane.migrate_at_start(settings)
     except plane.MigrationError as error:
         raise StartError(str(error)) from error
+
+
+def _raise_file_limit() -> None:
+    """As many open files as whoever started us allows: every connection is one, and shells begin with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _check_tls(settings: Settings) -> None:
@@ -544,7 +554,8 @@ class _Supervisor:
         # The drain of an earlier reload may still hold the second place; it is bounded.
         for seat in outdated:
             if seat.helper and seat.serving is not None:
-                # Two stewards at once would both look after the same processes; `_advance` starts the next when it has gone.
+                # Two stewards at once would both look after the same processes; `_advance` starts the next when this
+                # one has gone.
                 seat.draining, seat.serving = seat.serving, None
                 self._drain(seat.draining)
                 return
@@ -637,18 +648,14 @@ class _Supervisor:
             why = " ".join(str(error).split()) or type(error).__name__
             log.error("reload failed: %s; kept the old settings", why)
             return
-        kept = [
-            name for name in ("host", "port", "workers", "state_dir") if getattr(settings, name) != getattr(was, name)
-        ]
+        lasting = ("host", "port", "workers", "state_dir", "metrics_host", "metrics_port")
+        kept = [name for name in lasting if getattr(settings, name) != getattr(was, name)]
         if kept:
             log.warning("a reload does not change %s: restart for that", ", ".join(kept))
         current = self._generation.settings
         logs.configure(settings.log_level, settings.log_format)
-        self._generation = _Generation(
-            dataclasses.replace(
-                settings, host=was.host, port=current.port, workers=was.workers, state_dir=was.state_dir
-            )
-        )
+        same = {name: getattr(was, name) for name in lasting} | {"port": current.port}
+        self._generation = _Generation(dataclasses.replace(settings, **same))
         self._reloading = True
         log.info("reloading")
 

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import uvloop
 
 import redisgate
+from redisgate import board, metrics
 from redisgate.access import AccessTable, Grant, Instance, token_digest
 from redisgate.access_log import AccessLog, FullAccessLog
 from redisgate.capacity import CapacityWatch
@@ -139,6 +140,16 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     gc.freeze()
     if plane is not None:
         await plane.start()
+    publisher = None
+    shown = board.current()
+    if shown is not None:
+        collectors = [
+            metrics.collect_counters(http.counters),
+            metrics.collect_http(http),
+            metrics.collect_redis(access),
+        ]
+        publisher = metrics.Publisher(shown, str(index), [*collectors, *([plane.collect] if plane is not None else [])])
+        publisher.start()
     stop_accepting = await accept(settings, sock, http)
     os.write(ready_fd, b"1")
     os.close(ready_fd)
@@ -155,6 +166,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
         await plane.stop(PLANE_STOP_SECONDS)
     capacity.stop()
     access.abort()
+    if publisher is not None:
+        publisher.stop()
     await asyncio.sleep(0)  # transports close in the next turn of the loop
 
 

@@ -34,6 +34,22 @@ _CRLF: Final = b"\r\n"
 _SMALL_NUMBERS: Final = {b"%d" % number: number for number in range(1024)}
 
 
+class Totals:
+    """What all connections of this process did, those that are closed included; sizes in bytes."""
+
+    __slots__ = ("connects", "failures", "lost", "received", "sent")
+
+    def __init__(self) -> None:
+        self.connects = 0  # that succeeded
+        self.failures = 0  # that did not
+        self.lost = 0  # connections that ended while somebody waited on them
+        self.received = 0
+        self.sent = 0
+
+
+TOTALS: Final = Totals()
+
+
 class Waiter:
     """Whoever sent `count` commands and waits for their replies.
 
@@ -198,6 +214,11 @@ class Connection:
         self.paused_since = 0.0
         self.overdue_since = 0.0
 
+    @property
+    def peer_certificate(self) -> Any:
+        """What a server that was verified showed, as `ssl.SSLSocket.getpeercert` has it; nothing: it did not."""
+        return self._transport.get_extra_info("peercert") if self._transport is not None else None
+
     # Sending
 
     def send(self, payload: bytes, waiter: Waiter) -> None:
@@ -215,7 +236,9 @@ class Connection:
         if not out or self._transport is None:
             return
         self._out = []
-        self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+        data = out[0] if len(out) == 1 else b"".join(out)
+        TOTALS.sent += len(data)
+        self._transport.write(data)
 
     def accepts(self, size: int) -> bool:
         """Whether `size` more bytes stay within the bound of what Redis has not read yet."""
@@ -232,6 +255,7 @@ class Connection:
     # Receiving
 
     def data_received(self, data: bytes) -> None:
+        TOTALS.received += len(data)
         try:
             self._consume(data)
         except ProtocolError as error:
@@ -450,6 +474,8 @@ class Connection:
         if self._transport is not None:
             self._transport.abort()
         waiters = list(self._waiters)
+        if waiters:
+            TOTALS.lost += 1
         written = len(waiters) - len(self._out)
         self._waiters.clear()
         self._out.clear()
@@ -489,14 +515,17 @@ async def connect(
             await open_transport(loop, lambda: connection, address)
             await _shake_hands(connection, address, loop)
     except TimeoutError:
+        TOTALS.failures += 1
         connection.close(ReplyLost("connect timed out"))
         raise ConnectFailed(f"no answer from {address.display} within {timeout:g} s") from None
     except (OSError, RespError) as error:
+        TOTALS.failures += 1
         connection.close(ReplyLost("connect failed"))
         raise connect_failed(address, error) from error
     except BaseException:
         connection.close(ReplyLost("connect was given up"))
         raise
+    TOTALS.connects += 1
     connection.state = State.READY
     return connection
 

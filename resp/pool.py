@@ -325,6 +325,23 @@ class Pool:
         return self._last_used
 
     @property
+    def waiting(self) -> int:
+        """Who waits for replies or for a connection."""
+        connections = [*self._fast.connections, *self._slow.connections, *self._draining]
+        queued = len(self._fast.queue) + len(self._slow.queue)
+        return queued + sum([connection.pending for connection in connections])
+
+    @property
+    def refusing(self) -> bool:
+        """Whether commands are refused without a try, since the last connect failed a moment ago."""
+        return self._retry_at > 0.0 and time.monotonic() < self._retry_at
+
+    @property
+    def away(self) -> bool:
+        """Whether the last attempt to connect failed."""
+        return self._backoff > 0.0
+
+    @property
     def connection_count(self) -> int:
         """Connections open or being made."""
         return self._count()

@@ -131,6 +131,10 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     **dict.fromkeys(("public_url", "audit_key", "mailer", "redis_server", "instances_dir"), ("a", "b", "c")),
     **dict.fromkeys(("migrate_on_start", "registration", "allow_private_addresses"), (True, "false", "true")),
     "access_log": ("off", "all", "errors"),
+    "metrics_host": ("10.0.0.1", "10.0.0.2", "10.0.0.3"),
+    "trace_endpoint": ("http://a:4318", "https://b", "http://c/v1"),
+    "log_keys": (True, "false", "true"),
+    **dict.fromkeys(("access_log_sample", "trace_ratio"), (0.5, "0.25", "0.75")),
 }
 
 
