@@ -146,12 +146,16 @@ $(JS)/node_modules/.package-lock.json: $(JS)/package-lock.json $(JS)/package.jso
 UV_COMPILE = $(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
+# what an image has beside the core
+IMAGE_EXTRAS :=
+
 # dev.txt holds everything; the others are parts of it
 lock: $(STAMPS)/venv
 	$(PIP) install --quiet uv
 	$(UV_COMPILE) --upgrade --extra embedded setup.cfg requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg requirements/local.in -o requirements/local.txt
-	$(UV_COMPILE) -c requirements/dev.txt setup.cfg -o requirements/runtime.txt
+	$(UV_COMPILE) -c requirements/dev.txt $(IMAGE_EXTRAS) setup.cfg -o requirements/image.txt
+	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg -o requirements/embedded.txt
 	$(UV_COMPILE) -c requirements/dev.txt requirements/bench.in -o requirements/bench.txt
 	$(UV_COMPILE) --upgrade requirements/node.in -o requirements/node.txt
 	cd $(JS) && npm install --package-lock-only --ignore-scripts --omit-lockfile-registry-resolved

@@ -124,7 +124,14 @@ def _control_settings(host: str, port: int, data: Path, url: str) -> Settings:
         base_domain="localhost",
         state_dir=data,
         log_level="warning",
-        control=ControlSettings(database_url=url, mode="dev", migrate_on_start=False, allow_private_addresses=True),
+        control=ControlSettings(
+            database_url=url,
+            mode="dev",
+            migrate_on_start=False,
+            allow_private_addresses=True,
+            # a Redis that runs on this machine already may become an instance
+            allowed_networks=("127.0.0.0/8", "::1/128"),
+        ),
     )
 
 

@@ -1,0 +1,173 @@
+"""The Helm chart: rendered by Helm itself, checked against its schema and against the API's published one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "deploy" / "helm" / "redisgate"
+VERSIONS = ("1.29", "1.34")
+"""Of Kubernetes: the oldest that the chart takes, and a new one."""
+
+# In a process of its own: Helm is a shared library with a runtime of its own.
+_HELM = """
+import json, sys
+import helm_python as helm
+request = json.load(sys.stdin)
+try:
+    if request["lint"]:
+        answer = helm.lint(request["chart"])
+    else:
+        with helm.Chart.load(request["chart"]) as chart:
+            chart.validate_schema(request["values"])
+            answer = chart.render(request["values"], name="redisgate", namespace="redisgate")
+except helm.HelmError as error:
+    answer = {"failed": str(error)}
+json.dump(answer, sys.stdout)
+"""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "everything": {
+        "baseDomain": "redis.example.com",
+        "publicUrl": "https://redis.example.com",
+        "secret": {"existingSecret": "redisgate-secrets"},
+        "env": {"REDISGATE_LOG_FORMAT": "json", "REDISGATE_MAX_CONNECTIONS": 1000},
+        "image": {"digest": "sha256:" + "0" * 64},
+        "ingress": {
+            "enabled": True,
+            "className": "nginx",
+            "host": "redis.example.com",
+            "tls": {"enabled": True, "secretName": "wildcard"},
+        },
+        "gateway": {"autoscaling": {"targetRequestsInFlight": 200}, "nodeSelector": {"kubernetes.io/os": "linux"}},
+        "metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+        "networkPolicy": {"ingressFrom": [{"podSelector": {"matchLabels": {"app": "ingress"}}}]},
+        "operator": {"watchNamespace": "tenants"},
+    },
+    "gateway only": {
+        "provisioner": "external",
+        "operator": {"enabled": False},
+        "migrations": {"job": False},
+        "metrics": {"enabled": False},
+        "crds": {"install": False},
+        "gateway": {"autoscaling": {"enabled": False}, "podDisruptionBudget": {"enabled": False}},
+        "networkPolicy": {"enabled": False},
+    },
+}
+
+
+def helm(*, lint: bool = False, values: dict[str, Any] | None = None) -> dict[str, Any]:
+    request = {"chart": str(CHART), "lint": lint, "values": values or {}}
+    done = subprocess.run(
+        [sys.executable, "-c", _HELM], input=json.dumps(request), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def objects(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the chart makes of the values."""
+    rendered = helm(values=values)
+    assert "failed" not in rendered, rendered["failed"]
+    documents = [
+        document
+        for name, text in rendered.items()
+        if not name.endswith("NOTES.txt")
+        for document in yaml.safe_load_all(text)
+    ]
+    return [document for document in documents if document]
+
+
+def find(made: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    return next(one for one in made if one["kind"] == kind and one["metadata"]["name"] == name)
+
+
+def test_helm_has_nothing_to_say_against_it() -> None:
+    found = helm(lint=True)
+    assert found["errors"] == []
+    # 2 is a warning, 3 an error; the only remark is that the chart has no icon
+    assert [message for message in found["messages"] if message["severity"] > 1] == []
+
+
+@pytest.mark.parametrize("values", SETTINGS.values(), ids=SETTINGS)
+def test_what_it_makes_is_valid(values: dict[str, Any]) -> None:
+    made = objects(values)
+    assert {"Deployment", "Service", "ServiceAccount"} <= {one["kind"] for one in made}
+    for one in made:
+        if one["apiVersion"].split("/")[0] in ("monitoring.coreos.com", "apiextensions.k8s.io", "redisgate.io"):
+            continue  # not the API's own
+        for version in VERSIONS:
+            kubernetes_validate.validate(one, version, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"gateway": {"replicaCount": 3}}, "replicaCount"),
+        ({"gateway": {"replicas": 0}}, "replicas"),
+        ({"publicUrl": "redis.example.com"}, "publicUrl"),
+        ({"provisioner": "docker"}, "provisioner"),
+        ({"env": {"log-level": "debug"}}, "log-level"),
+        ({"ingress": {"enabled": True}}, "ingress.host"),
+        ({"secret": {"create": False}}, "secret.existingSecret"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(values: dict[str, Any], said: str) -> None:
+    assert said in helm(values=values)["failed"]
+
+
+@pytest.mark.parametrize("values", SETTINGS.values(), ids=SETTINGS)
+def test_pods_are_what_the_strictest_clusters_take(values: dict[str, Any]) -> None:
+    """The restricted Pod Security Standard, a root file system that nobody writes, and bounds on memory."""
+    pods = [one["spec"]["template"]["spec"] for one in objects(values) if one["kind"] in ("Deployment", "Job")]
+    assert pods
+    for pod in pods:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            security = container["securityContext"]
+            assert security["readOnlyRootFilesystem"] is True
+            assert security["allowPrivilegeEscalation"] is False
+            assert security["capabilities"] == {"drop": ["ALL"]}
+            assert "memory" in container["resources"]["limits"]
+
+
+def test_every_variable_is_a_setting_that_there_is() -> None:
+    known = (ROOT / "docs" / "configuration.md").read_text()
+    for values in SETTINGS.values():
+        for one in objects(values):
+            if one["kind"] not in ("Deployment", "Job"):
+                continue
+            for container in one["spec"]["template"]["spec"]["containers"]:
+                for variable in container["env"]:
+                    assert f"`{variable['name']}`" in known, variable
+
+
+def test_the_gateway_has_time_to_drain() -> None:
+    from redisgate.config import Limits
+
+    pod = find(objects({}), "Deployment", "redisgate-gateway")["spec"]["template"]["spec"]
+    pause = int(pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > pause + Limits().drain_timeout
+
+
+def test_the_ingress_has_the_dashboards_name_and_every_instances() -> None:
+    made = find(objects(SETTINGS["everything"]), "Ingress", "redisgate")
+    hosts = [rule["host"] for rule in made["spec"]["rules"]]
+    assert hosts == ["redis.example.com", "*.redis.example.com"]
+    assert made["spec"]["tls"] == [{"hosts": hosts, "secretName": "wildcard"}]
+
+
+def test_no_secret_is_in_the_pods() -> None:
+    made = objects({"secret": {"databaseUrl": "postgresql://redisgate:topsecret@db/redisgate"}})
+    for one in made:
+        if one["kind"] != "Secret":
+            assert "topsecret" not in json.dumps(one)
