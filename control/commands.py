@@ -13,6 +13,7 @@ from control.http import ApiError, Context
 from control.migrate import Migration, MigrationError, applied, known, migration_url, pending, unreachable
 from control.settings import check as check_settings
 from redisgate.config import ConfigError, ControlSettings, Settings, ensure_secret_key
+from redisgate.findings import Finding, Report
 
 
 def _run(settings: Settings, work: Callable[[Context], Awaitable[int]]) -> int:
@@ -75,30 +76,30 @@ def run_audit_export(settings: Settings) -> int:
     return _run(settings, work)
 
 
-def check(settings: Settings) -> tuple[list[str], list[tuple[str, str]]]:
+def check(settings: Settings) -> list[Finding]:
     """What is well with the control plane, and what is wrong with what to do about it; for `redisgate check`."""
-    well: list[str] = []
-    wrong: list[tuple[str, str]] = []
+    report = Report()
+    report.about("control plane")
     for work in (check_settings, steward.check):
         try:
             work(settings)
         except ConfigError as error:
-            wrong.append((str(error), "change that setting"))
+            report.wrong(str(error), "change that setting")
     for name, url in _urls(settings.control).items():
         try:
             version, todo = asyncio.run(_look_at(url, owns=url == migration_url(settings.control)))
         except MigrationError as error:
-            wrong.append((f"{name}: {error}", "see above"))
+            report.wrong(f"{name}: {error}", "`redisgate migrate --status` shows what is applied")
         except Exception as error:
             if not unreachable(error):
                 raise
-            wrong.append((f"{name}: {error or type(error).__name__}", "start PostgreSQL, or mend the URL"))
+            report.wrong(f"{name}: {error or type(error).__name__}", "start PostgreSQL, or mend the URL")
         else:
-            well.append(f"{name}: PostgreSQL {version}")
+            report.ok(f"{name}: PostgreSQL {version}")
             if todo:
                 cure = "`redisgate migrate` does, or `redisgate serve` when it starts"
-                wrong.append((f"{name}: {len(todo)} migrations are to be applied, from {todo[0]} on", cure))
-    return well, wrong
+                report.wrong(f"{name}: {len(todo)} migrations are to be applied, from {todo[0]} on", cure)
+    return report.findings
 
 
 def _urls(control: ControlSettings) -> dict[str, str]:

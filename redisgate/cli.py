@@ -1,4 +1,4 @@
-"""The command line: `redisgate serve`, `dev`, `check`, `migrate`, `admin`, `audit`, `version`."""
+"""The command line: `redisgate serve`, `dev`, `check`, `doctor`, `migrate`, `admin`, `audit`, `version`."""
 
 import argparse
 import os
@@ -10,6 +10,7 @@ import redisgate
 
 if TYPE_CHECKING:
     from redisgate.config import Settings
+    from redisgate.findings import Finding
 
 _NOTHING_CONFIGURED = """\
 redisgate: no Redis is configured. Either
@@ -53,6 +54,17 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     )
     if chosen == "check":
         config.add_flags(check)
+    doctor = commands.add_parser(
+        "doctor",
+        help="look at everything around the gateway and say what is wrong",
+        description="Look at the settings, the machine, certificates, ports, the database and every instance, and say"
+        " what is wrong and how to mend it. Changes nothing. Status 0: nothing is wrong; 1: something is; 2: the"
+        " settings cannot be read.",
+        epilog="example: redisgate doctor --config redisgate.toml --json",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    if chosen == "doctor":
+        config.add_flags(doctor)
     migrate = commands.add_parser(
         "migrate",
         help="bring the control plane's database up to date",
@@ -63,6 +75,9 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     migrate.add_argument("action", nargs="?", choices=["new"], help="new: begin a migration with the next number")
     migrate.add_argument("name", nargs="?", help="what the new migration is called")
     migrate.add_argument("--status", action="store_true", help="only say what is applied and what is not")
+    migrate.add_argument(
+        "--if-configured", action="store_true", help="without a database there is nothing to do, and all is well"
+    )
     if chosen == "migrate":
         config.add_flags(migrate)
     admin = commands.add_parser(
@@ -106,12 +121,26 @@ def main(argv: list[str] | None = None) -> int:
 
             data = Path(options["data"])
             return run_dev(options["host"], options["port"], data, environ, gateway_only=options["gateway_only"])
+        if command == "doctor":
+            from redisgate.doctor import run_doctor
+
+            path = options["config"] or environ.get("REDISGATE_CONFIG")
+            as_json = options.pop("json")
+            return run_doctor(
+                lambda warn: load(options, environ, cwd, warn),
+                cwd / path if path else None,
+                _examine_control,
+                as_json=as_json,
+            )
         settings = load(options, environ, cwd)
         if command == "migrate":
             if (options["action"] == "new") != (options["name"] is not None):
                 raise ConfigError("usage: redisgate migrate new NAME")
             from control import migrate
 
+            if options["if_configured"] and not settings.control.enabled:
+                print("no database is configured: nothing to migrate")
+                return 0
             return migrate.run(settings.control, status=options["status"], new=options["name"])
         if command in ("admin", "audit"):
             return _operate(command, settings, options)
@@ -140,7 +169,13 @@ def _operate(command: str, settings: "Settings", options: dict[str, Any]) -> int
     return commands.run_audit_verify(settings, options["logs"])
 
 
-def _check_control(settings: "Settings") -> tuple[list[str], list[tuple[str, str]]]:
+def _check_control(settings: "Settings") -> "list[Finding]":
     from control import commands
 
     return commands.check(settings)
+
+
+def _examine_control(settings: "Settings") -> "list[Finding]":
+    from control import doctor
+
+    return doctor.examine(settings)

@@ -23,7 +23,6 @@ from redisgate.policy import Scope, validate_names
 from resp.address import Address, parse_url
 from resp.commands import bundled_table
 
-
 SETTINGS_VERSION = 1
 """Of the file, as its line `settings_version` says; raised when the meaning of a setting changes or one goes away."""
 

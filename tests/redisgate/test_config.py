@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from redisgate.config import SETTINGS, SINGLE, ConfigError, Limits, Settings, ensure_secret_key, load
+from redisgate.config import SETTINGS, SETTINGS_VERSION, SINGLE, ConfigError, Limits, Settings, ensure_secret_key, load
 from redisgate.policy import Scope
 from redisgate.reference import BOUNDS, reference_page
 from resp.address import Address
@@ -107,6 +107,19 @@ def test_a_tokens_file_of_srh_counts_beside_a_file(tmp_path: Path) -> None:
         configure(tmp_path, HEAD, srh_tokens="missing.json")
 
 
+def test_certificates_are_found_beside_where_it_was_started(tmp_path: Path) -> None:
+    settings = configure(tmp_path, HEAD, {"REDISGATE_TLS_CERT_FILE": "c.pem, /etc/d.pem"})
+    assert settings.tls_cert_file == (str(tmp_path / "c.pem"), "/etc/d.pem")
+
+
+def test_a_file_for_a_newer_release_is_refused(tmp_path: Path) -> None:
+    assert configure(tmp_path, f"settings_version = {SETTINGS_VERSION}\n{HEAD}") == configure(tmp_path, HEAD)
+    with pytest.raises(ConfigError, match=r"written for a newer release.*upgrade"):
+        configure(tmp_path, f"settings_version = {SETTINGS_VERSION + 1}\n{HEAD}")
+    with pytest.raises(ConfigError, match="expected a whole number"):
+        configure(tmp_path, f'settings_version = "new"\n{HEAD}')
+
+
 def test_no_token_at_all_is_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     configure(tmp_path, HEAD)
     assert "there is no token" in capsys.readouterr().err
@@ -117,6 +130,8 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     "base_domain": ("a.example", "b.example", "c.example"),
     "state_dir": ("one", "two", "three"),
     "secret_key": ("a" * 20, "b" * 20, "c" * 20),
+    "tls_cert_file": (["/a"], "/b, /c", "/d"),
+    "tls_key_file": (["/a"], "/b, /c", "/d"),
     "cors_origins": (["https://a"], "https://b, https://c", "*"),
     "log_level": ("debug", "warning", "error"),
     "log_format": ("json", "text", "json"),
