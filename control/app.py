@@ -22,7 +22,17 @@ from control.throttle import Throttle
 from control.tokens import Tokens
 from redisgate.config import Settings
 
-ROUTE_MODULES: Final = ("service", "auth", "organizations", "quota", "audit", "api_keys", "usage", "instances")
+ROUTE_MODULES: Final = (
+    "service",
+    "auth",
+    "organizations",
+    "quota",
+    "audit",
+    "api_keys",
+    "usage",
+    "instances",
+    "operations",
+)
 """Of `control.routes`; importing one registers its endpoints."""
 MAX_WAITING_PASSWORDS: Final = 256
 """Sign-ins of one worker that wait for a thread; more are told to come again."""

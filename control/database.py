@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
+from redisgate import tracing
+
 CONNECT_TIMEOUT = 3.0
 """Seconds to connect, and to wait for a free connection of the pool."""
 COMMAND_TIMEOUT = 15.0
@@ -74,6 +76,8 @@ def _away_as_such() -> Any:
 
 async def prepare_connection(connection: "asyncpg.Connection[Any]") -> None:
     """What every connection of ours understands: json and jsonb are Python values."""
+    if tracing.enabled():
+        connection.add_query_logger(tracing.on_query)
     for name in ("json", "jsonb"):
         await connection.set_type_codec(name, encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
 

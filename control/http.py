@@ -34,6 +34,7 @@ from starlette.responses import Response
 from control.database import Database, DatabaseAway
 from control.roles import PERMISSIONS, allows
 from control.tokens import InvalidToken, Tokens
+from redisgate import tracing
 from redisgate.config import ControlSettings, Settings
 from redisgate.counters import METHODS, WORKER
 
@@ -414,6 +415,8 @@ async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: C
     """Answer a request to a path whose endpoints are these, by method."""
     request_id = _request_id(request)
     began = time.perf_counter_ns()
+    path = next(iter(endpoints.values())).path
+    tracing.name_route(request.method, path)
     try:
         chosen = endpoints.get("GET" if request.method == "HEAD" else request.method)
         if chosen is None:
@@ -432,7 +435,6 @@ async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: C
         response = Response(status_code=400)
     except Exception as error:
         response = failure(_unexpected(error, request))
-    path = next(iter(endpoints.values())).path
     method = request.method if request.method.encode() in METHODS else "other"
     WORKER.control_answered(path, method, response.status_code, time.perf_counter_ns() - began)
     response.headers.setdefault("X-Request-Id", request_id)

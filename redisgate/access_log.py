@@ -1,18 +1,23 @@
-"""The access log: a line for a request that failed, was slow, or, where all are wanted, for each.
+"""The access log: a line for a request that failed, was slow, or, where all are wanted, for each or for a sample.
 
 Fast successful requests cost nothing unless all are wanted: failures pass here
 on their way out, and the ticks of the connection pools find what has waited
-for long. A line shows the command's name where the path has it, never an
-argument or a token.
+for long. A line shows the command's name where the path has it, never a value
+or a token; a key only where that is allowed.
+
+A line carries what the client called its request (X-Request-Id) and its trace;
+without such a name the Upstash-Sync-Token of the answer, which is another for
+each, so that an answer can always be found in the log.
 """
 
 import asyncio
 import logging
+import random
 import time
 from typing import TYPE_CHECKING
 
 from redisgate.http_protocol import Handler, HttpConnection
-from redisgate.logs import safe_target
+from redisgate.logs import FIELDS, safe_target
 
 if TYPE_CHECKING:
     from redisgate.exchange import Exchange
@@ -25,10 +30,11 @@ log = logging.getLogger(__name__)
 
 
 class AccessLog:
-    """Writes the lines of one worker; `slow_request` in seconds."""
+    """Writes the lines of one worker; `slow_request` in seconds, `keys`: they may be shown."""
 
-    def __init__(self, slow_request: float) -> None:
+    def __init__(self, slow_request: float, *, keys: bool = False) -> None:
         self._slow_request = slow_request
+        self._keys = keys
         self._started: dict[Exchange, float] = {}  # requests under way that were found slow; monotonic
         self._timer: asyncio.TimerHandle | None = None
 
@@ -44,37 +50,64 @@ class AccessLog:
         """Write of those slow ones that were answered with status 200, which pass by no other way."""
         self._timer = None
         for exchange in [exchange for exchange in self._started if exchange.gone]:
-            self._write(exchange, 200, time.monotonic() - self._started.pop(exchange))
+            self._write(exchange, 200, time.monotonic() - self._started.pop(exchange), b"")
         if self._started:
             self._timer = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._check)
 
-    def answered(self, exchange: "Exchange", status: int) -> None:
-        """It is being answered; called for every status but 200, and for some of those. 499: its client has left."""
+    def answered(self, exchange: "Exchange", status: int, answer: bytes) -> None:
+        """It is being answered; called for every status but 200, and for some of those. 499: its client has left.
+
+        `answer` is the answer's sync token, if it has one.
+        """
         started = self._started.pop(exchange, None)
         if started is not None:
-            self._write(exchange, status, time.monotonic() - started)
+            self._write(exchange, status, time.monotonic() - started, answer)
         elif status >= 500:
-            self._write(exchange, status, None)
+            self._write(exchange, status, None, answer)
 
-    def _write(self, exchange: "Exchange", status: int, seconds: float | None) -> None:
+    def _write(self, exchange: "Exchange", status: int, seconds: float | None, answer: bytes) -> None:
+        head = exchange.head
+        method = exchange.method.decode("latin-1")
+        target = safe_target(exchange.target, keys=self._keys)
+        instance = exchange.instance_id or "-"
+        request = (head.request_id or answer.strip() or b"-").decode("ascii", "replace")
+        trace = head.trace_id.decode("ascii")
+        fields: dict[str, object] = {
+            "method": method,
+            "target": target,
+            "status": status,
+            "seconds": None if seconds is None else round(seconds, 6),
+            "instance": None if instance == "-" else instance,
+            "request_id": None if request == "-" else request,
+        }
+        if trace:
+            fields["trace_id"] = trace
         log.log(
             logging.WARNING if status >= 500 else logging.INFO,
-            "%s %s %d %s %s",
-            exchange.method.decode("latin-1"),
-            safe_target(exchange.target),
+            "%s %s %d %s %s %s%s",
+            method,
+            target,
             status,
             "-" if seconds is None else f"{seconds:.3f}s",
-            exchange.instance_id or "-",
+            instance,
+            request,
+            f" {trace}" if trace else "",
+            extra={FIELDS: fields},
         )
 
 
 class FullAccessLog(AccessLog):
-    """A line for every request. Stands before the gateway to see when each begins."""
+    """A line for every request, or for a `sample` of them (a part of 1) and every one that failed or was slow.
 
-    def __init__(self, gateway: Handler) -> None:
-        super().__init__(float("inf"))
+    Stands before the gateway to see when each begins.
+    """
+
+    def __init__(self, gateway: Handler, slow_request: float, *, sample: float = 1.0, keys: bool = False) -> None:
+        super().__init__(float("inf"), keys=keys)
         self._gateway = gateway
         self._now = 0.0
+        self._sample = sample
+        self._long = slow_request
 
     def prepare(self, head: "Head") -> None:
         self._gateway.prepare(head)
@@ -85,6 +118,7 @@ class FullAccessLog(AccessLog):
         if connection.exchanges and not connection.exchanges[-1].gone:
             self._started[connection.exchanges[-1]] = now
 
-    def answered(self, exchange: "Exchange", status: int) -> None:
-        started = self._started.pop(exchange, self._now)
-        self._write(exchange, status, time.monotonic() - started)
+    def answered(self, exchange: "Exchange", status: int, answer: bytes) -> None:
+        seconds = time.monotonic() - self._started.pop(exchange, self._now)
+        if self._sample >= 1.0 or status >= 500 or seconds >= self._long or random.random() < self._sample:
+            self._write(exchange, status, seconds, answer)

@@ -227,7 +227,7 @@ class AsgiExchange(Exchange):
         if self._endless:
             self._count(connection.server.counters, self._status, 0)  # its latency is the time until it began
         if connection.server.access_log is not None:
-            connection.server.access_log.answered(self, self._status)
+            connection.server.access_log.answered(self, self._status, b"")
         start = connection.server.heads.start(self._status, self._content_type)
         return b"".join((start, self._head.extra, self._headers, framing, b"\r\n"))
 

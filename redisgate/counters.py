@@ -81,9 +81,10 @@ class Series:
 class InstanceCounters:
     """What one instance was asked and answered; sizes in bytes, latency in nanoseconds."""
 
-    __slots__ = ("buckets", "bytes_in", "bytes_out", "errors", "name", "nanos", "requests")
+    __slots__ = ("buckets", "bytes_in", "bytes_out", "errors", "id", "name", "nanos", "requests")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, instance_id: str, name: str) -> None:
+        self.id = instance_id
         self.name = name
         self.requests = 0
         self.errors = 0  # answers with status 400 or above
@@ -148,7 +149,7 @@ class Counters:
                 instance_id = name = EVERY_OTHER
                 counters = self._instances.get(instance_id)
             if counters is None:
-                counters = self._instances[instance_id] = InstanceCounters(name)
+                counters = self._instances[instance_id] = InstanceCounters(instance_id, name)
         counters.name = name
         return counters
 

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from redisgate.counters import OTHER, PIPELINE, TRANSACTION, Counters, InstanceCounters, Series
 from redisgate.http_head import Head
@@ -60,6 +60,7 @@ class Exchange(Waiter):
         "route",
         "series",
         "target",
+        "trace",
         "waiting_payload",
     )
 
@@ -79,6 +80,7 @@ class Exchange(Waiter):
         self.route = OTHER
         self.series: Series | None = None  # None: its route's
         self.instance: InstanceCounters | None = None
+        self.trace: Any = connection.trace  # of `redisgate.tracing`, where the request is traced
         connection.exchanges.append(self)
 
     def meter(self, limiter: "Limiter") -> None:
@@ -91,9 +93,8 @@ class Exchange(Waiter):
         limiter = self._limiter
         if limiter is not None and limiter.cell is not None:
             limiter.cell.answered(nanos, status, size)
-        counters.answered(
-            self.route, self._method, status, nanos, size, self.series, self.instance, self._head.trace_id
-        )
+        trace_id: bytes = self._head.trace_id if self.trace is None else self.trace.trace_id
+        counters.answered(self.route, self._method, status, nanos, size, self.series, self.instance, trace_id)
 
     # Answers from here
 
@@ -108,6 +109,8 @@ class Exchange(Waiter):
         limiter = self._limiter
         if limiter is not None and limiter.limited:
             headers = limiter.headers() + headers
+        if self.trace is not None:
+            headers = self.trace.header + headers
         extra = self._head.extra + headers if headers else self._head.extra
         if connection.closing or server.draining:
             extra += self._close_line(connection)
@@ -120,7 +123,7 @@ class Exchange(Waiter):
         if lines is None:
             lines = heads.lines(status, content_type)
             if server.access_log is not None:
-                server.access_log.answered(self, status)
+                server.access_log.answered(self, status, heads.whole_token(token))
         if length > MAX_JOINED_BYTES:
             connection.answered(self, b"".join((lines, token, extra, length_line(length))), body)
         else:
@@ -133,13 +136,13 @@ class Exchange(Waiter):
             return
         self._connection = None
         self._count(connection.server.counters, 204, 0)
-        if connection.server.access_log is not None:
-            connection.server.access_log.answered(self, 204)
         heads = connection.server.heads
+        token = heads.next_token()
+        if connection.server.access_log is not None:
+            connection.server.access_log.answered(self, 204, heads.whole_token(token))
         extra = self._head.extra + headers
         if connection.closing or connection.server.draining:
             extra += self._close_line(connection)
-        token = heads.next_token()
         connection.answered(self, b"%b%b%b\r\n" % (heads.lines(204, b"text/plain"), token, extra))
 
     def _close_line(self, connection: "HttpConnection") -> bytes:
@@ -173,10 +176,16 @@ class Exchange(Waiter):
         return self._method
 
     @property
+    def head(self) -> Head:
+        """The request's."""
+        return self._head
+
+    @property
     def instance_id(self) -> str | None:
-        """Of the instance that the token in the header names, if there is one."""
+        """Of the instance that it is for, if there is one."""
         grant = self._head.grant
-        return grant.instance_id if grant is not None else None
+        found: str | None = grant.instance_id if grant is not None else None
+        return self.instance.id if found is None and self.instance is not None else found
 
     @property
     def gone(self) -> bool:
@@ -292,7 +301,7 @@ class Exchange(Waiter):
 
     def _stream_head(self, connection: "HttpConnection", status: int) -> bytes:
         if connection.server.access_log is not None:
-            connection.server.access_log.answered(self, status)
+            connection.server.access_log.answered(self, status, b"")
         if self._head.version == b"HTTP/1.1":
             framing = b"Transfer-Encoding: chunked\r\n"
             if connection.closing or connection.server.draining:
@@ -343,7 +352,7 @@ class Exchange(Waiter):
         if connection is not None and (self._pieces is None or not self._pieces.started):
             connection.server.counters.uncounted(self.route, self._method, 499)
             if connection.server.access_log is not None:
-                connection.server.access_log.answered(self, 499)
+                connection.server.access_log.answered(self, 499, b"")
         self._abandon()
 
     def drain(self) -> None:

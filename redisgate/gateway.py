@@ -261,7 +261,9 @@ class Gateway:
         """Let what comes of a request now take the place of the exchange that waited for it."""
         if exchange.connection is not None:
             exchange.connection.exchanges.remove(exchange)
+            exchange.connection.trace = exchange.trace
             again()
+            exchange.connection.trace = None
 
     async def _load(self, exchange: Exchange, credential: bytes, reference: str | None) -> None:
         assert self._access.source is not None

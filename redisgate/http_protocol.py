@@ -84,8 +84,11 @@ class AccessLog(Protocol):
     def slow(self, exchange: "Exchange", seconds: float) -> None:
         """It has waited for so long for Redis, and waits on."""
 
-    def answered(self, exchange: "Exchange", status: int) -> None:
-        """It is being answered; called for every status but 200, and for some of those. 499: its client has left."""
+    def answered(self, exchange: "Exchange", status: int, answer: bytes) -> None:
+        """It is being answered; called for every status but 200, and for some of those. 499: its client has left.
+
+        `answer` is the answer's sync token, if it has one.
+        """
 
 
 class HttpServer:
@@ -191,6 +194,7 @@ class HttpConnection:
         "route",
         "server",
         "target",
+        "trace",
         "transport",
         "write_paused",
     )
@@ -201,6 +205,7 @@ class HttpConnection:
         self.exchanges: deque[Exchange] = deque()
         self.deadline = _NEVER
         self.target = b""  # of the last request
+        self.trace: Any = None  # of the request that is being dispatched, where that is traced
         self.route: object = None  # the Redis connection that the requests under way went to
         # Per request
         self._head: Head | None = None  # of the last request

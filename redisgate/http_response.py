@@ -48,6 +48,10 @@ class ResponseHeads:
             token = next(self._tokens)
         return token
 
+    def whole_token(self, token: bytes) -> bytes:
+        """The sync token whose last part `next_token` has just given."""
+        return self._sync_token + token[:-2]
+
     def lines(self, status: int, content_type: bytes) -> bytes:
         """Status line and header lines, up to the part of the sync token that `next_token` gives."""
         lines = self._lines.get((status, content_type))

@@ -26,11 +26,15 @@ MAX_WAITING_LINES = 10_000
 """Lines of a worker that wait for standard error."""
 MAX_LINE_BYTES = 16_384
 """Bytes of one line; the rest is cut off."""
+MAX_KEY_BYTES = 128
+"""Of a key that a line shows, where keys are shown."""
 PATIENCE = 0.1
 """Seconds the supervisor waits for room in the pipe before it drops a line."""
 EXIT_PATIENCE = 1.0
 """Seconds a process that ends waits for its last lines to be taken."""
 
+FIELDS = "redisgate_fields"
+"""What a JSON line has beside its message, as `extra={FIELDS: {...}}`."""
 _configured = "info"
 _asked = ""  # while the process runs; instead of the configured level
 _PIPE_BUF = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
@@ -57,6 +61,7 @@ class _JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             "pid": record.process,
+            **getattr(record, FIELDS, {}),
         }
         if _Handler.worker is not None:
             fields["worker"] = _Handler.worker
@@ -171,12 +176,12 @@ def flush() -> None:
         handler.flush()
 
 
-def safe_target(raw_target: bytes) -> str:
+def safe_target(raw_target: bytes, *, keys: bool = False) -> str:
     """A request target as a log may show it: the command's name, and that something follows.
 
     Arguments are the callers' data, and the query can carry a token under any spelling (`_token`, `%5Ftoken`, or as a
     path segment by mistake); so neither is shown at all, and a first segment that cannot be a command's name is
-    not either.
+    not either. With `keys` the segment behind the command is, up to `MAX_KEY_BYTES`: mostly that is a key.
     """
     path, question, _ = raw_target.partition(b"?")
     if not path.startswith(b"/"):
@@ -189,8 +194,20 @@ def safe_target(raw_target: bytes) -> str:
     if segments:
         shown += _safe_segment(segments[0])
     if len(segments) > 1:
-        shown += "/…"
+        if keys and not shown.endswith("…"):
+            shown += "/" + _printable(segments[1])
+            del segments[1]
+        if len(segments) > 1:
+            shown += "/…"
     return shown + ("?…" if question else "")
+
+
+def _printable(segment: bytes) -> str:
+    """A segment as it came, without what could end or colour a line."""
+    key = segment[:MAX_KEY_BYTES].decode("ascii", "replace")
+    return "".join([character if character.isprintable() else "…" for character in key]) + (
+        "…" if len(segment) > MAX_KEY_BYTES else ""
+    )
 
 
 def _safe_segment(segment: bytes) -> str:

@@ -67,6 +67,7 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("redisgate_http_connections_limit", "gauge", "Client connections that all workers together take."),
     Metric("redisgate_http_connections_accepted_total", "counter", "Client connections accepted."),
     Metric("redisgate_http_connections_refused_total", "counter", "Client connections closed at max_connections."),
+    Metric("redisgate_http_requests_in_flight", "gauge", "Requests that are not answered yet; streams too."),
     Metric("redisgate_http_streams", "gauge", "Subscriptions and monitors that are open."),
     Metric("redisgate_commands_total", "counter", "Commands asked for, those of pipelines included.", ("family",)),
     Metric(
@@ -408,6 +409,8 @@ def collect_http(http: HttpServer) -> Collector:
     def collect(document: Document) -> None:
         document.gauge("redisgate_http_connections", len(http.connections))
         document.gauge("redisgate_http_connections_limit", http.limits.max_connections)
+        in_flight = sum([len(connection.exchanges) for connection in http.connections])
+        document.gauge("redisgate_http_requests_in_flight", in_flight)
         document.gauge("redisgate_http_streams", len(http.streams))
 
     return collect

@@ -91,7 +91,7 @@ class StreamExchange(Exchange):
             connection.closing = True
         self._count(connection.server.counters, 200, 0)  # its latency is the time until it began
         if connection.server.access_log is not None:
-            connection.server.access_log.answered(self, 200)
+            connection.server.access_log.answered(self, 200, b"")
         return b"%b%b%b%b%b\r\n" % (
             connection.server.heads.start(200, b"text/event-stream"),
             self._head.extra,

@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from redisgate import logs
+from redisgate import logs, tracing
 from redisgate.access import token_digest
 from redisgate.board import HELPERS, Board
 from redisgate.config import ConfigError, Settings, ensure_secret_key
@@ -141,6 +141,7 @@ def run(
         worker_main, steward_main = worker_main or worker.run, steward_main or worker.run_steward
     try:
         with contextlib.ExitStack() as stack:
+            tracing.check(settings)
             _check_tls(settings)
             sockets = bind(settings.host, settings.port, settings.workers)
             for sock in sockets:
@@ -378,8 +379,11 @@ class _Supervisor:
             elif number == signal.SIGHUP:
                 self._reload_asked = True
             elif number == signal.SIGUSR1:
-                self._board.level = "" if self._board.level == "debug" else "debug"
-                log.warning("SIGUSR1: the log level is %s", self._board.level or "as configured")
+                self._board.level = level = "" if self._board.level == "debug" else "debug"
+                if level:
+                    logs.set_level(level)
+                log.warning("SIGUSR1: the log level is %s", level or "as configured")
+                logs.set_level(level)
 
     def _on_ready_pipe(self, seat: _Seat, fd: int) -> None:
         worker = seat.starting
@@ -632,6 +636,7 @@ class _Supervisor:
         was = self._configured
         try:
             settings = ensure_secret_key(self._reload())
+            tracing.check(settings)
             _check_tls(settings)
             if settings.control.enabled != was.control.enabled:
                 raise StartError("to add or to remove the control plane needs a restart")

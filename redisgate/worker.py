@@ -10,6 +10,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import uvloop
 
@@ -39,6 +40,9 @@ KEPT_MEMORY_BYTES = 32 * 1024 * 1024
 """Freed memory that a worker keeps for its next replies, instead of giving it back to the system each time."""
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+
+if TYPE_CHECKING:
+    from redisgate.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +76,29 @@ def make_http_server(gateway: Gateway, settings: Settings) -> HttpServer:
     process = secrets.token_hex(6).encode()
     if settings.access_log == "all":
         # All answers leave the short way, so that the log hears of each.
-        full = FullAccessLog(gateway)
+        sample, keys = settings.access_log_sample, settings.log_keys
+        full = FullAccessLog(gateway, settings.slow_request, sample=sample, keys=keys)
         http = HttpServer(full, settings.limits, ResponseHeads(process, remember=False))
         http.access_log = full
         return http
     http = HttpServer(gateway, settings.limits, ResponseHeads(process))
     if settings.access_log == "errors":
-        http.access_log = AccessLog(settings.slow_request)
+        http.access_log = AccessLog(settings.slow_request, keys=settings.log_keys)
     return http
+
+
+def trace(http: HttpServer, gateway: Gateway, settings: Settings, index: int) -> "Tracing | None":
+    """Have requests traced, where the settings want it."""
+    if not settings.trace_endpoint:
+        return None
+    # Not imported otherwise: the library takes its time and its memory.
+    from redisgate.tracing import Tracing
+
+    tracing = Tracing(http.gateway, http.access_log, settings, f"worker {index}")
+    http.gateway, http.access_log = tracing, tracing
+    http.heads = ResponseHeads(secrets.token_hex(6).encode(), remember=False)
+    gateway.on_submit = tracing.submitted
+    return tracing
 
 
 async def accept(settings: Settings, sock: socket.socket, http: HttpServer) -> Callable[[], Awaitable[None]]:
@@ -122,6 +141,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
         plane = Plane(settings, access, shared, index)
     gateway = Gateway(settings, access, tokens, plane.http if plane is not None else None)
     http = make_http_server(gateway, settings)
+    tracing = trace(http, gateway, settings, index)
     access.streams = http.streams
     http.start()
     heartbeat = Heartbeat(http.streams, settings.limits.heartbeat_interval)
@@ -168,6 +188,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     access.abort()
     if publisher is not None:
         publisher.stop()
+    if tracing is not None:
+        await tracing.stop()
     await asyncio.sleep(0)  # transports close in the next turn of the loop
 
 
