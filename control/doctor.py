@@ -222,9 +222,12 @@ async def _look_at_rights(connection: Connection, settings: Settings, report: Re
             "run `redisgate migrate` with database_migration_url: it grants the rights",
         )
         return False
-    if await connection.fetchval("SELECT has_table_privilege('audit_events', 'UPDATE')"):
+    if await connection.fetchval(
+        "SELECT pg_has_role(tableowner, 'USAGE') FROM pg_tables"
+        " WHERE schemaname = current_schema() AND tablename = 'audit_events'"
+    ):
         report.note(
-            "the role of database_url may change the audit log",
+            "the role of database_url owns the audit log, and could so change it",
             "give the tables to a role of their own: docs/security.md, Database roles",
         )
     return True
