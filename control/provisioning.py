@@ -9,7 +9,7 @@ from redisgate.counters import Series
 from redisgate.metering import bucket_of
 from redisgate.metrics import Document
 
-COUNT_SECONDS: Final = 15.0
+COUNT_SECONDS: Final = 5.0
 """Between two counts of all instances."""
 
 

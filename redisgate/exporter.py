@@ -49,7 +49,12 @@ class Exporter:
     def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes) -> None:
         """Answer one request."""
         exchange = Exchange(connection, head, method)
-        path = target.partition(b"?")[0]
+        try:
+            self._answer(exchange, method, target.partition(b"?")[0], head)
+        except Exception as error:
+            exchange.bug(error)
+
+    def _answer(self, exchange: Exchange, method: bytes, path: bytes, head: Head) -> None:
         if method not in (b"GET", b"HEAD"):
             exchange.error(405, b"ERR method not allowed, use GET", b"Allow: GET, HEAD\r\n")
         elif path == b"/metrics":

@@ -193,7 +193,7 @@ class Document(msgspec.Struct):
 
     def gauge(self, name: str, value: float, /, **labels: str) -> None:
         """Set a gauge."""
-        self.gauges[series_name(name, labels)] = value
+        self.gauges[series_name(name, labels)] = float(value)
 
     def histogram(self, name: str, nanos: int, buckets: Sequence[int], /, **labels: str) -> str:
         """Set a histogram; returns its series."""

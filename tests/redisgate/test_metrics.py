@@ -1,12 +1,10 @@
 """Metrics: that they count what happened, in both formats, over workers that die, and name the busiest instances."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -20,43 +18,19 @@ from redisgate.metering import bucket_of
 from redisgate.metrics import METRICS, Document, InstanceCount, Shown
 from resp.commands import bundled_table
 from tests.http import Client
+from tests.observing import OPENMETRICS, Scraped
 from tests.servers import Gateway, RedisServer, free_port, single_instance, wait_for
 
-OPENMETRICS = "application/openmetrics-text;version=1.0.0;q=0.9,text/plain;q=0.5"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 
-Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
-
-class Measured:
+class Measured(Scraped):
     """A gateway with a port for metrics."""
 
     def __init__(self, redis: RedisServer, *arguments: str, **environ: str) -> None:
-        self.metrics_port = free_port()
+        super().__init__(free_port())
         settings = single_instance(redis, REDISGATE_METRICS_PORT=str(self.metrics_port), **environ)
         self.gateway = Gateway(settings, arguments)
-
-    def get(self, path: str, accept: str = "text/plain") -> tuple[str, str]:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.metrics_port}{path}", headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return answer.read().decode(), answer.headers["Content-Type"]
-
-    def samples(self) -> Samples:
-        text, _ = self.get("/metrics")
-        return {
-            (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in parse_prometheus(text)
-            for sample in family.samples
-        }
-
-    def value(self, name: str, **labels: str) -> float:
-        """The sum over the series that have these labels."""
-        wanted = labels.items()
-        return sum(value for (found, has), value in self.samples().items() if found == name and wanted <= has)
-
-    def status(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads(self.get("/status")[0])
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -235,18 +209,16 @@ def test_a_redis_that_is_away_and_limits_that_refuse_are_told() -> None:
         f'[[instances]]\nid = "one"\nurl = "{redis.unix_url}"\n'
         '[[tokens]]\nname = "a"\ntoken = "token"\n[[tokens]]\nname = "b"\ntoken = "slow"\nrate = 1\n'
     )
-    port = free_port()
-    arguments = ["--workers", "1", "--config", str(config), "--metrics-port", str(port)]
-    measured = Measured.__new__(Measured)
-    measured.metrics_port = port
-    measured.gateway = Gateway({}, arguments)
+    measured = Scraped(free_port())
+    arguments = ["--workers", "1", "--config", str(config), "--metrics-port", str(measured.metrics_port)]
+    gateway = Gateway({}, arguments)
     try:
-        with Client(measured.gateway.port, "slow") as client:
+        with Client(gateway.port, "slow") as client:
             refused = sum(client.get("/get/a").status == 429 for _ in range(20))
             assert refused
         wait_for(lambda: measured.value("redisgate_limit_refusals_total", kind="rate") == refused, what="the refusals")
         redis.kill()
-        with Client(measured.gateway.port) as client:
+        with Client(gateway.port) as client:
 
             def told() -> bool:
                 client.get("/get/a")
@@ -259,7 +231,7 @@ def test_a_redis_that_is_away_and_limits_that_refuse_are_told() -> None:
         assert measured.value("redisgate_redis_connect_failures_total") > 0
         assert measured.value("redisgate_http_requests_total", status="503") > 0
     finally:
-        measured.gateway.stop()
+        gateway.stop()
         redis.stop()
 
 

@@ -1,0 +1,136 @@
+"""What the control plane shows of itself: metrics, traces, the administrators' view, the log level."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.control.conftest import Service, Urls
+from tests.control.service import Api, execute, register
+from tests.http import Client
+from tests.observing import CLIENT, SERVER, Collector, Scraped
+from tests.servers import RedisServer, free_port, wait_for
+
+TRACE = "5af7651916cd43dd8448eb211c80319c"
+TRACEPARENT = f"00-{TRACE}-b7ad6b7169203331-01"
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    found = Collector()
+    yield found
+    found.stop()
+
+
+@pytest.fixture(scope="module")
+def metrics() -> Scraped:
+    return Scraped(free_port())
+
+
+@pytest.fixture(scope="module")
+def service(
+    database_urls: Urls, tmp_path_factory: pytest.TempPathFactory, collector: Collector, metrics: Scraped
+) -> Iterator[Service]:
+    state = tmp_path_factory.mktemp("service")
+    environ = {
+        "REDISGATE_METRICS_PORT": str(metrics.metrics_port),
+        "REDISGATE_TRACE_ENDPOINT": collector.url,
+        "REDISGATE_TRACE_RATIO": "0",
+        "REDISGATE_ALLOWED_NETWORKS": "127.0.0.0/8",
+    }
+    service = Service(database_urls, state, "--workers", "1", **environ)
+    yield service
+    service.stop()
+
+
+@pytest.fixture(scope="module")
+def person(service: Service) -> Api:
+    return register(service.port, "observer")
+
+
+@pytest.fixture(scope="module")
+def administrator(service: Service, database_urls: Urls) -> Api:
+    found = register(service.port, "administrator")
+    execute(database_urls.superuser, "UPDATE users SET is_admin = true WHERE email = $1", found.email)
+    return found
+
+
+def test_requests_to_the_control_plane_are_counted_by_route(metrics: Scraped, person: Api) -> None:
+    person.call("GET", "/api/organizations")
+    person.call("GET", f"/api/organizations/{'0' * 8}-0000-0000-0000-{'0' * 12}", status=404)
+    name = "redisgate_control_requests_total"
+    by_template = {"path": "/api/organizations/{org_id}", "method": "GET", "status": "404"}
+    wait_for(lambda: metrics.value(name, **by_template) == 1, what="the count")
+    assert metrics.value(name, path="/api/organizations", status="200") >= 1
+    assert metrics.value("redisgate_http_requests_total", route="control", status="404") == 1
+    assert metrics.value("redisgate_control_request_seconds_total", path="/api/organizations") > 0
+
+
+def test_the_access_table_and_the_commands_of_tenants(
+    metrics: Scraped, person: Api, redis_server: RedisServer, service: Service
+) -> None:
+    instance = person.instance("watched", redis_server.url)
+    key, _ = person.key(scopes=["read", "write"])
+    with Client(service.port, key) as client:
+        for _ in range(5):
+            assert client.get(f"/redis/{instance['id']}/get/a").status == 200
+    labels = {"instance_id": instance["id"]}
+    wait_for(lambda: metrics.value("redisgate_instance_requests_total", **labels) == 5, what="the requests")
+    assert metrics.value("redisgate_access_misses_total") >= 1
+    assert metrics.value("redisgate_access_hits_total") >= 4
+    assert metrics.value("redisgate_access_credentials") >= 1
+    wait_for(lambda: metrics.value("redisgate_access_listening") == 1, what="notifications")
+    assert metrics.value("redisgate_access_table_age_seconds") < 5
+    names = {
+        dict(has)["instance_name"] for name, has in metrics.samples() if name == "redisgate_instance_requests_total"
+    }
+    assert any(name.startswith("watched") for name in names)
+
+
+def test_provisioning_is_told_by_the_steward(metrics: Scraped, person: Api) -> None:
+    made = person.call("POST", "redis-instances", {"name": "local", "slug": "local", "max_memory": 8 << 20})
+    assert made["status"] == "running", made
+    step = "redisgate_provisioning_steps_total"
+    wait_for(lambda: metrics.value(step, provisioner="local", step="create", outcome="done") == 1, what="the step")
+    assert metrics.value("redisgate_provisioning_step_duration_seconds_count", step="create") >= 1
+    assert metrics.value("redisgate_steward_leads") == 1
+    wait_for(lambda: metrics.value("redisgate_instances", status="running") >= 1, 30, what="the count of instances")
+
+
+def test_a_request_to_the_control_plane_has_spans_of_its_statements(
+    collector: Collector, person: Api, service: Service
+) -> None:
+    with Client(service.port, person.token) as client:
+        assert client.get("/api/organizations", traceparent=TRACEPARENT, X_Request_Id="seen").status == 200
+    wait_for(lambda: any(span.kind == SERVER for span in collector.of(TRACE)), what="the spans")
+    (server,) = [span for span in collector.of(TRACE) if span.kind == SERVER]
+    statements = [span for span in collector.of(TRACE) if span.kind == CLIENT]
+    assert server.name == "GET /api/organizations"
+    assert server.attributes["http.route"] == "/api/organizations"
+    assert len(statements) >= 2
+    assert {span.attributes["db.system.name"] for span in statements} == {"postgresql"}
+    assert {span.parent for span in statements} == {server.span_id}
+    assert any("FROM sessions" in span.attributes["db.query.text"] for span in statements)
+    assert person.email not in repr(statements)
+
+
+def test_an_administrator_sees_what_the_gateway_does(administrator: Api, person: Api) -> None:
+    person.call("GET", "/api/admin/metrics", status=403)
+    status: dict[str, Any] = administrator.call("GET", "/api/admin/metrics")
+    assert [worker["worker"] for worker in status["workers"]] == ["0"]
+    assert {process["worker"] for process in status["processes"]} == {"steward", "metrics"}
+    assert status["window_seconds"] > 0
+    assert status["workers"][0]["memory_bytes"] > 1 << 20
+    assert "requests_per_second" in status["totals"]
+
+
+def test_an_administrator_changes_the_log_level_of_all_processes(administrator: Api, service: Service) -> None:
+    assert administrator.call("GET", "/api/admin/log-level") == {"level": "configured"}
+    administrator.call("PUT", "/api/admin/log-level", {"level": "nonsense"}, status=400)
+    assert "worker 0] drains" not in service.log()
+    administrator.call("PUT", "/api/admin/log-level", {"level": "error"})
+    assert administrator.call("GET", "/api/admin/log-level") == {"level": "error"}
+    administrator.call("PUT", "/api/admin/log-level", {"level": "configured"})
+    assert administrator.call("GET", "/api/admin/log-level") == {"level": "configured"}
+    events = administrator.call("GET", "/api/audit-logs?action=log_level.set")["items"]
+    assert len(events) == 2
