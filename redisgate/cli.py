@@ -1,4 +1,4 @@
-"""The command line: `redisgate serve`, `dev`, `check`, `doctor`, `migrate`, `admin`, `audit`, `version`."""
+"""The command line: `redisgate serve`, `dev`, `check`, `doctor`, `loadtest`, `migrate`, `admin`, `audit`, `version`."""
 
 import argparse
 import os
@@ -65,6 +65,28 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     if chosen == "doctor":
         config.add_flags(doctor)
+    loadtest = commands.add_parser(
+        "loadtest",
+        help="put a polite load on a deployment and say how it does",
+        description="Send requests at a steady rate to a deployment, and say how long it takes to answer. The token is"
+        " read from REDISGATE_TOKEN (or UPSTASH_REDIS_REST_TOKEN). Keys begin with redisgate:loadtest: and are removed"
+        " at the end. It stops by itself when one in ten requests fails.",
+        epilog="example: REDISGATE_TOKEN=secret redisgate loadtest https://redis.example.com --rate 500 --duration 30s",
+    )
+    loadtest.add_argument("url", metavar="URL", help="of the gateway, or of one instance")
+    loadtest.add_argument("--rate", default="100", help="requests per second (100), at most 5,000")
+    loadtest.add_argument("--duration", default="10s", help="how long (10s), at most 10 minutes")
+    loadtest.add_argument("--connections", default="8", help="how many (8), at most 256")
+    loadtest.add_argument(
+        "--mix",
+        choices=["mixed", "read", "ping"],
+        default="mixed",
+        help="mixed: three GET to one SET; read: GET, for tokens that only read",
+    )
+    loadtest.add_argument("--value-size", default="64", help="bytes of a value (64), at most 1MiB")
+    loadtest.add_argument("--token-file", help="file that holds the token")
+    loadtest.add_argument("--ca-file", help="certificate authorities to trust instead of the system's")
+    loadtest.add_argument("--json", action="store_true", help="one JSON object, for programs")
     migrate = commands.add_parser(
         "migrate",
         help="bring the control plane's database up to date",
@@ -121,6 +143,10 @@ def main(argv: list[str] | None = None) -> int:
 
             data = Path(options["data"])
             return run_dev(options["host"], options["port"], data, environ, gateway_only=options["gateway_only"])
+        if command == "loadtest":
+            from redisgate.loadtest import run_loadtest
+
+            return run_loadtest(options, environ, cwd)
         if command == "doctor":
             from redisgate.doctor import run_doctor
 
