@@ -623,6 +623,9 @@ class Cluster:
             for name, value in (item.pop("stringData", None) or {}).items():
                 item.setdefault("data", {})[name] = base64.b64encode(value.encode()).decode()
             item.setdefault("type", "Opaque")
+        if kind.kind == "CustomResourceDefinition":
+            now = {"type": "Established", "status": "True", "reason": "InitialNamesAccepted", "message": ""}
+            item.setdefault("status", {"conditions": [now], "acceptedNames": item["spec"]["names"]})
         if kind.kind == "Namespace":
             item.setdefault("spec", {"finalizers": ["kubernetes"]})
             item.setdefault("status", {"phase": "Active"})
@@ -635,9 +638,35 @@ class Cluster:
         metadata["managedFields"] = fields.managed_fields(owners, kind.api_version, _now())
         kind.owners[metadata["uid"]] = owners
         kind.items[_key(item)] = item
+        if kind.kind == "CustomResourceDefinition":
+            self._define(item)
         self._announce(kind, item, before)
         if metadata.get("ownerReferences"):
             self._collect()
+
+    def _define(self, item: Object) -> None:
+        """Serve what a CustomResourceDefinition describes; what is served already keeps its objects."""
+        spec = item["spec"]
+        names = spec["names"]
+        for version in spec["versions"]:
+            at = (f"{spec['group']}/{version['name']}", names["plural"])
+            kind = self._kinds.get(at) or Kind(*at, names["kind"], spec["scope"] == "Namespaced")
+            schema = version["schema"]["openAPIV3Schema"]
+            kind.singular = names.get("singular", names["kind"].lower())
+            kind.short, kind.categories = names.get("shortNames", []), names.get("categories", [])
+            kind.status = "status" in version.get("subresources", {})
+            kind.scale = "scale" in version.get("subresources", {})
+            kind.printer = version.get("additionalPrinterColumns", [])
+            kind.definition, kind.shape = version, fields.schema_shape(schema)
+            self._kinds[at] = kind
+
+    def _undefine(self, item: Object) -> None:
+        for version in item["spec"]["versions"]:
+            kind = self._kinds.pop(
+                (f"{item['spec']['group']}/{version['name']}", item["spec"]["names"]["plural"]), None
+            )
+            for watch in self._watches if kind is not None else ():
+                watch.ended = watch.ended or watch.kind is kind
 
     def _announce(self, kind: Kind, item: Object, before: Object | None) -> None:
         event_kind = "ADDED" if before is None else "MODIFIED"
@@ -682,6 +711,8 @@ class Cluster:
 
     def _remove(self, kind: Kind, item: Object) -> None:
         del kind.items[_key(item)]
+        if kind.kind == "CustomResourceDefinition":
+            self._undefine(item)
         kind.owners.pop(item["metadata"]["uid"], None)
         self._version += 1
         gone = {**item, "metadata": {**item["metadata"], "resourceVersion": str(self._version)}}
@@ -1021,7 +1052,32 @@ class Cluster:
             return _json({"major": "1", "minor": "33", "gitVersion": "v1.33.0-fake", "platform": "linux/amd64"})
         if parts and parts[0] in {"healthz", "livez", "readyz"}:
             return web.Response(text="ok")
+        if parts[:2] == ["openapi", "v3"]:
+            return _json(self._openapi("/".join(parts[2:])))
         raise Refused(404, "NotFound", "the server could not find the requested resource")
+
+    def _openapi(self, group: str) -> Object:
+        """As much as kubectl asks before it applies: that the server itself checks the fields."""
+        if not group:
+            versions = {kind.api_version for kind in self._kinds.values()}
+            names = [f"apis/{version}" if "/" in version else f"api/{version}" for version in sorted(versions)]
+            return {"paths": {name: {"serverRelativeURL": f"/openapi/v3/{name}"} for name in names}}
+        paths: Object = {}
+        schemas: Object = {}
+        for kind in self._kinds.values():
+            if group.partition("/")[2] != kind.api_version:
+                continue
+            path = f"/{group}/{'namespaces/{namespace}/' if kind.namespaced else ''}{kind.plural}/{{name}}"
+            what = {"group": kind.group, "version": kind.version, "kind": kind.kind}
+            parameter = {"name": "fieldValidation", "in": "query", "schema": {"type": "string"}}
+            action = {"x-kubernetes-group-version-kind": what, "parameters": [parameter], "responses": {}}
+            paths[path] = {"patch": action | {"x-kubernetes-action": "patch"}}
+            schema = kind.definition["schema"]["openAPIV3Schema"] if kind.definition else {"type": "object"}
+            schemas[f"{kind.version}.{kind.kind}"] = schema | {"x-kubernetes-group-version-kind": [what]}
+        if not paths:
+            raise Refused(404, "NotFound", "the server could not find the requested resource")
+        info = {"title": "fake", "version": "v1"}
+        return {"openapi": "3.0.0", "info": info, "paths": paths, "components": {"schemas": schemas}}
 
     def _groups(self, parts: list[str]) -> web.Response:
         if parts[0] == "api":
@@ -1215,6 +1271,8 @@ def _strategic(target: Any, patch: Any, names: fields.Names) -> Any:
 def _decode(data: bytes, content_type: str) -> Any:
     if not data:
         return {}
+    if content_type == "application/vnd.kubernetes.protobuf":
+        raise Refused(415, "UnsupportedMediaType", "this cluster speaks JSON and YAML")
     try:
         if "yaml" in content_type and not data.lstrip().startswith(b"{"):
             return yaml.safe_load(data)
