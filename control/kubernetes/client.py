@@ -183,7 +183,7 @@ class KubernetesClient:
         loader = None
         try:
             if kubeconfig is None and _own_namespace() is not None:
-                load_incluster_config(client_configuration=configuration)
+                load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
             else:
                 path = kubeconfig or os.environ.get("KUBECONFIG") or "~/.kube/config"
                 loader = await load_kube_config(
