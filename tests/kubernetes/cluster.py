@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import celpy
 import msgspec
 import yaml
 from aiohttp import web
 
-from tests.kubernetes import fields
+from tests.kubernetes import fields, rbac, schema
 from tests.kubernetes.fields import Object
 
 Key = tuple[str, str]
@@ -44,6 +45,8 @@ BOOKMARK_SECONDS = 60.0
 # how long the collector leaves a dependent whose owner is gone
 COLLECT_SECONDS = 0.05
 REQUESTS = 100_000
+# who does what without a bearer token, and the tests themselves
+ADMINISTRATOR = "system:admin"
 
 
 class Refused(Exception):
@@ -210,6 +213,9 @@ class Cluster:
         self.collect_seconds = collect_seconds
         # while set, dependents of what was deleted stay
         self.collector_paused = False
+        # who was refused what, by RBAC
+        self.refusals: list[tuple[str, str, str]] = []
+        self._user = ADMINISTRATOR
         self.requests: collections.deque[tuple[str, str, str]] = collections.deque(maxlen=REQUESTS)
         self._version = 1000
         self._kinds: dict[tuple[str, str], Kind] = {}
@@ -619,6 +625,10 @@ class Cluster:
 
     def _admit(self, kind: Kind, item: Object, before: Object | None, subresource: str) -> Object:
         """Defaults and checks; the last word before something is stored."""
+        if kind.definition is not None:
+            item = self._checked(kind, item, before)
+        elif before is not None:
+            _check_fixed(kind, item, before)
         if kind.kind == "Secret":
             for name, value in (item.pop("stringData", None) or {}).items():
                 item.setdefault("data", {})[name] = base64.b64encode(value.encode()).decode()
@@ -629,7 +639,64 @@ class Cluster:
         if kind.kind == "Namespace":
             item.setdefault("spec", {"finalizers": ["kubernetes"]})
             item.setdefault("status", {"phase": "Active"})
+        if kind.kind == "Service" and before is None:
+            item.setdefault("spec", {}).setdefault(
+                "clusterIP", f"10.0.{self._version // 250 % 250}.{self._version % 250}"
+            )
+        if not subresource:
+            self._ask_policies("CREATE" if before is None else "UPDATE", kind, item, before)
         return item
+
+    def _checked(self, kind: Kind, item: Object, before: Object | None) -> Object:
+        """A custom object in the form that its definition gives it."""
+        assert kind.definition is not None
+        definition = kind.definition["schema"]["openAPIV3Schema"]
+        metadata = item["metadata"]
+        item = schema.pruned(item, definition, root=True)
+        seen = {**item, "metadata": {"name": metadata["name"]}}
+        old = schema.MISSING if before is None else {**before, "metadata": {"name": metadata["name"]}}
+        if problems := schema.violations(seen, definition, old):
+            raise _invalid(kind, metadata["name"], problems)
+        return item
+
+    def _ask_policies(self, operation: str, kind: Kind, item: Object | None, before: Object | None) -> None:
+        """ValidatingAdmissionPolicies that are bound with the action Deny."""
+        policies = self._kind("ValidatingAdmissionPolicy").items
+        for binding in self._kind("ValidatingAdmissionPolicyBinding").items.values() if policies else ():
+            policy = policies.get(("", binding["spec"]["policyName"]))
+            if policy is None or "Deny" not in binding["spec"].get("validationActions", ()):
+                continue
+            if not _policy_matches(policy, operation, kind):
+                continue
+            metadata = ((before if item is None else item) or {})["metadata"]
+            request = {
+                "operation": operation,
+                "name": metadata["name"],
+                "namespace": metadata.get("namespace", ""),
+                "userInfo": {"username": self._user, "groups": sorted(rbac.groups_of(self._user))},
+            }
+            names = {
+                "object": celpy.json_to_cel(item),
+                "oldObject": celpy.json_to_cel(before),
+                "request": celpy.json_to_cel(request),
+            }
+            if not all(schema.evaluate(c["expression"], names) for c in policy["spec"].get("matchConditions", ())):
+                continue
+            for rule in policy["spec"]["validations"]:
+                if not schema.evaluate(rule["expression"], names):
+                    if "messageExpression" in rule:
+                        why = str(schema.evaluate(rule["messageExpression"], names))
+                    else:
+                        why = rule.get("message") or f"failed expression: {rule['expression']}"
+                    raise Refused(
+                        422,
+                        rule.get("reason", "Invalid"),
+                        f'{kind.name} "{metadata["name"]}" is forbidden: ValidatingAdmissionPolicy'
+                        f" '{policy['metadata']['name']}' with binding '{binding['metadata']['name']}' denied request:"
+                        f" {why}",
+                        name=metadata["name"],
+                        kind=kind.plural,
+                    )
 
     def _store(self, kind: Kind, item: Object, before: Object | None, owners: fields.Owners) -> None:
         self._version += 1
@@ -701,7 +768,7 @@ class Cluster:
         return item
 
     def _admit_delete(self, kind: Kind, item: Object) -> None:
-        """Raises Refused when a policy of the cluster protects `item`."""
+        self._ask_policies("DELETE", kind, None, item)
 
     def _finish(self, kind: Kind, item: Object) -> None:
         """Remove what was asked to go and has nothing left to wait for."""
@@ -895,8 +962,26 @@ class Cluster:
             if not name:
                 return _json(self._list(kind, namespace, dict(query)))
             return _json(self._existing(kind, key))
-        data = await request.read()
-        body = _decode(data, request.content_type)
+        body = _decode(await request.read(), request.content_type)
+        if query.get("fieldValidation") == "Strict" and kind.definition and method in {"POST", "PUT", "PATCH"}:
+            if unknown := list(schema.unknown_fields(body, kind.definition["schema"]["openAPIV3Schema"])):
+                why = ", ".join(f'unknown field "{name}"' for name in unknown)
+                raise Refused(
+                    400,
+                    "BadRequest",
+                    f"{kind.kind} in version {kind.version!r} cannot be handled as a {kind.kind}:"
+                    f" strict decoding error: {why}",
+                )
+        self._user = self._user_of(request)
+        try:
+            return self._write(request, kind, key, body, subresource)
+        finally:
+            self._user = ADMINISTRATOR
+
+    def _write(self, request: web.Request, kind: Kind, key: Key, body: Any, subresource: str) -> web.Response:
+        """Whatever alters objects; without waiting, so that one request is one step."""
+        query, method = request.query, request.method
+        namespace, name = key
         manager = query.get("fieldManager") or request.headers.get("User-Agent", "unknown").split("/")[0]
         if method == "POST" and not name:
             self._check_namespace_of(kind, namespace, body)
@@ -941,9 +1026,44 @@ class Cluster:
         self, request: web.Request, kind: Kind, namespace: str, name: str, subresource: str, watching: bool
     ) -> None:
         """Raises Refused when the user behind the bearer token may not do this."""
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        if not token:
+            return
+        if token not in self._tokens:
+            raise Refused(401, "Unauthorized", "Unauthorized")
+        verb = {
+            "GET": "get" if name else "list",
+            "HEAD": "get",
+            "POST": "create",
+            "PUT": "update",
+            "PATCH": "patch",
+            "DELETE": "delete" if name else "deletecollection",
+        }[request.method]
+        if watching:
+            verb = "watch"
+        self._require(self._tokens[token], verb, kind, namespace, name, subresource)
+
+    def _require(self, user: str, verb: str, kind: Kind, namespace: str, name: str, subresource: str = "") -> None:
+        resource = f"{kind.plural}/{subresource}" if subresource else kind.plural
+
+        def read(of: str) -> Iterable[Object]:
+            return self._kind(of).items.values()
+
+        where = name if kind.kind == "Namespace" else namespace
+        if not rbac.allowed(read, user, verb, kind.group, resource, where, name):
+            self.refusals.append((user, verb, resource))
+            why = rbac.refusal(user, verb, kind.group, resource, where, name)
+            raise Refused(403, "Forbidden", why, name=name, kind=kind.plural)
 
     def _authorize_create(self, request: web.Request, kind: Kind, namespace: str) -> None:
         """An apply that makes an object needs the right to create one too."""
+        user = self._user_of(request)
+        if user != ADMINISTRATOR:
+            self._require(user, "create", kind, namespace, "")
+
+    def _user_of(self, request: web.Request) -> str:
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        return self._tokens.get(token, ADMINISTRATOR)
 
     def _list(self, kind: Kind, namespace: str, query: dict[str, str]) -> Object:
         if "continue" in query:
@@ -1293,6 +1413,57 @@ def _check_precondition(kind: Kind, item: Object, uid: str | None, version: str 
     raise Refused(
         409, "Conflict", f'Operation cannot be fulfilled on {kind.name} "{name}": {why}', name=name, kind=kind.plural
     )
+
+
+FIXED = {
+    "StatefulSet": {
+        "replicas",
+        "ordinals",
+        "template",
+        "updateStrategy",
+        "revisionHistoryLimit",
+        "persistentVolumeClaimRetentionPolicy",
+        "minReadySeconds",
+    },
+    "PersistentVolumeClaim": {"resources", "volumeAttributesClassName", "volumeName"},
+    "Job": {"parallelism", "suspend", "activeDeadlineSeconds", "ttlSecondsAfterFinished", "backoffLimit"},
+}
+
+
+def _check_fixed(kind: Kind, item: Object, before: Object) -> None:
+    """What may never change of a built-in object."""
+    name = item["metadata"]["name"]
+    new, old = item.get("spec") or {}, before.get("spec") or {}
+    if kind.kind in FIXED:
+        rest = FIXED[kind.kind]
+        if {k: v for k, v in new.items() if k not in rest} != {k: v for k, v in old.items() if k not in rest}:
+            allowed = ", ".join(f"'{field_name}'" for field_name in sorted(rest))
+            why = f"Forbidden: updates to {kind.kind.lower()} spec for fields other than {allowed} are forbidden"
+            raise _invalid(kind, name, [f"spec: {why}"])
+    if kind.kind == "PersistentVolumeClaim":
+        sizes = [spec.get("resources", {}).get("requests", {}).get("storage", "0") for spec in (new, old)]
+        if schema.quantity(sizes[0]) < schema.quantity(sizes[1]):
+            why = "Forbidden: field can not be less than status.capacity"
+            raise _invalid(kind, name, [f"spec.resources.requests.storage: {why}"])
+    if kind.kind == "Deployment" and new.get("selector") != old.get("selector"):
+        raise _invalid(kind, name, ["spec.selector: Invalid value: field is immutable"])
+    if kind.kind == "Secret":
+        if before.get("type", "Opaque") != item.get("type", "Opaque"):
+            raise _invalid(kind, name, [f'type: Invalid value: "{item.get("type")}": field is immutable'])
+        if before.get("immutable") and (item.get("data") != before.get("data") or not item.get("immutable")):
+            raise _invalid(kind, name, ["data: Forbidden: field is immutable when `immutable` is set"])
+
+
+def _policy_matches(policy: Object, operation: str, kind: Kind) -> bool:
+    for rule in policy["spec"].get("matchConstraints", {}).get("resourceRules", ()):
+        if (
+            {operation, "*"} & set(rule["operations"])
+            and {kind.group, "*"} & set(rule["apiGroups"])
+            and {kind.version, "*"} & set(rule["apiVersions"])
+            and {kind.plural, "*"} & set(rule["resources"])
+        ):
+            return True
+    return False
 
 
 def _invalid(kind: Kind, name: str, causes: list[str]) -> Refused:
