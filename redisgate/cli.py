@@ -18,6 +18,7 @@ redisgate: no Redis is configured. Either
 
 or a file with instances and tokens: redisgate serve --config FILE
 or a PostgreSQL for accounts and instances: DATABASE_URL=postgresql://... REDISGATE_SECRET_KEY=... redisgate serve
+or a Kubernetes cluster with RedisHttpInstances: redisgate serve --kubernetes on
 To try it without a Redis of your own: redisgate dev"""
 
 
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             return migrate.run(settings.control, status=options["status"], new=options["name"])
         if command in ("admin", "audit"):
             return _operate(command, settings, options)
-        if not settings.instances and not settings.control.enabled:
+        if not settings.instances and not settings.control.enabled and not settings.cluster.enabled:
             print(_NOTHING_CONFIGURED, file=sys.stderr)
             return 2
         if command == "check":

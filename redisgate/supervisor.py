@@ -145,6 +145,8 @@ def run(
             settings = ensure_secret_key(settings)
             if settings.control.enabled:
                 _prepare_control_plane(settings)
+            if settings.cluster.enabled:
+                _prepare_cluster(settings)
             shared = _shared_state(settings)
             stack.callback(shared.close)
             return _Supervisor(settings, reload, on_ready, worker_main, steward_main, sockets, shared).run()
@@ -170,6 +172,24 @@ def _prepare_control_plane(settings: Settings) -> None:
         plane.migrate_at_start(settings)
     except plane.MigrationError as error:
         raise StartError(str(error)) from error
+
+
+def _prepare_cluster(settings: Settings) -> None:
+    """Import what the workers need to follow a cluster, and see that the settings lead to one; it may be away.
+
+    Raises:
+        StartError: they do not, or the packages for it are missing.
+    """
+    try:
+        from control.kubernetes import routes
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"kubernetes needs packages of its own ({error}): pip install 'redisgate[kubernetes]'"
+        ) from error
+    try:
+        routes.check(settings)
+    except routes.NotConfigured as error:
+        raise StartError(f"{error}; name a kubeconfig by REDISGATE_KUBECONFIG, or run in a pod") from error
 
 
 def _complain(message: str) -> None:

@@ -94,6 +94,13 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
         from control.plane import Plane
 
         plane = Plane(settings, access, shared, index)
+    follower = None
+    if settings.cluster.enabled:
+        from control.kubernetes.routes import RouteFollower
+
+        follower = RouteFollower(settings, access, shared, index)
+        if plane is not None:
+            plane.follow(follower)
     gateway = Gateway(settings, access, tokens, plane.http if plane is not None else None)
     http = make_http_server(gateway, settings)
     access.streams = http.streams
@@ -114,6 +121,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     gc.freeze()
     if plane is not None:
         await plane.start()
+    if follower is not None:
+        await follower.start()
     server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
     os.write(ready_fd, b"1")
     os.close(ready_fd)
@@ -126,6 +135,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     if left:
         log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
     heartbeat.stop()
+    if follower is not None:
+        await follower.stop()
     if plane is not None:
         await plane.stop(PLANE_STOP_SECONDS)
     capacity.stop()
