@@ -17,19 +17,11 @@ from control.kubernetes.client import Object
 
 Quantity = str | int | float
 
-_SUFFIXES: Final = {
-    "": 1,
+_SUFFIXES: Final[dict[str, Decimal]] = {
+    "": Decimal(1),
     "m": Decimal("0.001"),
-    "k": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "P": 10**15,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
-    "Pi": 2**50,
+    **{letter: Decimal(1000) ** power for power, letter in enumerate("kMGTPE", 1)},
+    **{f"{letter}i": Decimal(1024) ** power for power, letter in enumerate("KMGTPE", 1)},
 }
 _DURATION: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|h|m|s)")
 _UNITS: Final = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
@@ -43,76 +35,76 @@ class _Part(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
     pass
 
 
-class Sentinel(_Part):
+class Sentinel(_Part, frozen=True):
     replicas: int = 3
 
 
-class Engine(_Part):
+class Engine(_Part, frozen=True):
     type: Literal["Valkey", "Redis"] = "Valkey"
     version: str = "8.1"
     image: str | None = None
 
 
-class Placement(_Part):
+class Placement(_Part, frozen=True):
     namespace_mode: Literal["Same", "Dedicated"] = "Same"
 
 
-class Resources(_Part):
+class Resources(_Part, frozen=True):
     requests: dict[str, Quantity] = {}
     limits: dict[str, Quantity] = {}
 
 
-class Memory(_Part):
+class Memory(_Part, frozen=True):
     maxmemory_percent: int | None = None
     eviction_policy: str = "noeviction"
 
 
-class Persistence(_Part):
+class Persistence(_Part, frozen=True):
     size: str
     storage_class_name: str | None = None
     strategy: Literal["AOF", "RDB", "AOFAndRDB"] = "AOF"
     resize_policy: Literal["Expand", "Manual"] = "Expand"
 
 
-class Rotation(_Part):
+class Rotation(_Part, frozen=True):
     every: str | None = None
     overlap: str = "1h"
     trigger: str | None = None
 
 
-class Auth(_Part):
+class Auth(_Part, frozen=True):
     existing_secret: str | None = None
     rotation: Rotation = Rotation()
 
 
-class IssuerRef(_Part):
+class IssuerRef(_Part, frozen=True):
     name: str
     kind: str = "Issuer"
 
 
-class Tls(_Part):
+class Tls(_Part, frozen=True):
     secret_name: str | None = None
     issuer_ref: IssuerRef | None = None
-    client_auth: Literal["None", "Optional", "Required"] = "None"
+    client_auth: Literal["None", "Optional"] = "None"
 
 
-class Ingress(_Part):
+class Ingress(_Part, frozen=True):
     class_name: str | None = None
     tls_secret_name: str | None = None
     annotations: dict[str, str] = {}
 
 
-class RateLimit(_Part):
+class RateLimit(_Part, frozen=True):
     requests_per_second: int
     burst: int | None = None
 
 
-class Commands(_Part):
+class Commands(_Part, frozen=True):
     allow: list[str] = []
     deny: list[str] = []
 
 
-class Gateway(_Part):
+class Gateway(_Part, frozen=True):
     hosts: list[str] = []
     ingress: Ingress = Ingress()
     rate_limit: RateLimit | None = None
@@ -120,17 +112,17 @@ class Gateway(_Part):
     commands: Commands = Commands()
 
 
-class NetworkPolicy(_Part):
+class NetworkPolicy(_Part, frozen=True):
     mode: Literal["Managed", "Disabled"] = "Managed"
     extra_from: list[dict[str, Any]] = []
 
 
-class DisruptionBudget(_Part):
+class DisruptionBudget(_Part, frozen=True):
     mode: Literal["Auto", "Disabled"] = "Auto"
     max_unavailable: int = 1
 
 
-class Scheduling(_Part):
+class Scheduling(_Part, frozen=True):
     anti_affinity: Literal["None", "Preferred", "Required"] = "Preferred"
     topology_key: str = "kubernetes.io/hostname"
     node_selector: dict[str, str] = {}
@@ -140,7 +132,7 @@ class Scheduling(_Part):
     priority_class_name: str | None = None
 
 
-class S3(_Part):
+class S3(_Part, frozen=True):
     bucket: str
     credentials_secret: str
     prefix: str = ""
@@ -148,27 +140,27 @@ class S3(_Part):
     region: str | None = None
 
 
-class Backup(_Part):
+class Backup(_Part, frozen=True):
     schedule: str
     s3: S3
     keep: int = 7
 
 
-class Bootstrap(_Part):
+class Bootstrap(_Part, frozen=True):
     from_backup: str
     s3: S3
 
 
-class Update(_Part):
+class Update(_Part, frozen=True):
     strategy: Literal["Automatic", "OnDelete"] = "Automatic"
 
 
-class Monitoring(_Part):
+class Monitoring(_Part, frozen=True):
     exporter: bool = True
     pod_monitor: bool = False
 
 
-class Spec(_Part):
+class Spec(_Part, frozen=True):
     mode: Literal["Standalone", "Sentinel", "Cluster"] = "Standalone"
     replicas: int = 1
     shards: int | None = None
