@@ -48,7 +48,7 @@ DEFAULT_NAMESPACE: Final = "redisgate"
 FIELD_MANAGER: Final = "redisgate-gateway"
 LEASE: Final = "redisgate-gateway"
 CONDITION: Final = "RouteProgrammed"
-SYNC_SECONDS: Final = 5.0
+SYNC_SECONDS: Final = 3.0
 """For all routes to be read before a worker serves; then it begins without, and answers 503 to unknown keys."""
 MAX_ROUTE_BYTES: Final = 64 * 1024
 """Of one route; a larger one is refused."""
@@ -503,7 +503,7 @@ class RouteFollower:
         with contextlib.suppress(
             NotFound, Conflict
         ):  # it is gone, or another one has its name: that one will be heard of
-            await self.client.apply(
+            written = await self.client.apply(
                 {
                     "apiVersion": INSTANCES.api_version,
                     "kind": INSTANCES.kind,
@@ -514,6 +514,8 @@ class RouteFollower:
                 force=True,
                 subresource="status",
             )
+            if uid in self._instances:  # not to be written again before it is heard of
+                self._instances[uid] = _essence(written)
         return None
 
     def _condition(self, uid: str, instance: Object) -> Object:

@@ -246,7 +246,8 @@ def test_the_condition_tells_whether_there_is_a_route_and_is_written_once_by_all
     written = [
         path for method, path, _ in list(cluster.requests)[before:] if method == "PATCH" and "/told/status" in path
     ]
-    assert len(written) == 3, written
+    # Invalid, programmed, that for the new generation, suspended; whether or not one came between two of them.
+    assert 3 <= len(written) <= 4, written
 
 
 def test_with_the_api_server_away_what_is_known_goes_on_and_what_is_not_is_answered_503(
@@ -268,7 +269,7 @@ def test_with_the_api_server_away_what_is_known_goes_on_and_what_is_not_is_answe
             assert "not read yet" in answer.error
             cluster.heal()
             wait_for(lambda: get(late.port, token).status == 200, 10.0, "the routes")
-            assert get(late.port, "nobody's").status == 401
+            everywhere(late, "nobody's", 401)
         finally:
             late.stop()
     finally:

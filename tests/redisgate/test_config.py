@@ -131,6 +131,8 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     **dict.fromkeys(("public_url", "audit_key", "mailer", "redis_server", "instances_dir"), ("a", "b", "c")),
     **dict.fromkeys(("migrate_on_start", "registration", "allow_private_addresses"), (True, "false", "true")),
     "access_log": ("off", "all", "errors"),
+    "kubernetes": ("on", "off", "on"),
+    **dict.fromkeys(("kubeconfig", "kubernetes_context", "kubernetes_namespace", "kubernetes_watch"), ("a", "b", "c")),
 }
 
 
