@@ -32,7 +32,7 @@ import msgspec
 import yaml
 from aiohttp import web
 
-from tests.kubernetes import fields, rbac, schema
+from tests.kubernetes import fields, rbac, schema, tables
 from tests.kubernetes.fields import Object
 
 Key = tuple[str, str]
@@ -76,7 +76,11 @@ class Event:
     # of the event, by its type: made once, for all watches
     encoded: dict[str, bytes] = field(default_factory=dict)
 
-    def line(self, kind: str) -> bytes:
+    def line(self, kind: str, columns: list[Object] | None = None) -> bytes:
+        """With `columns`, as a Table for kubectl."""
+        if columns is not None:
+            table = tables.table([self.item], columns, {"resourceVersion": str(self.version)})
+            return msgspec.json.encode({"type": kind, "object": table}) + b"\n"
         if kind not in self.encoded:
             self.encoded[kind] = msgspec.json.encode({"type": kind, "object": self.item}) + b"\n"
         return self.encoded[kind]
@@ -228,6 +232,7 @@ class Cluster:
         self._stopped: asyncio.Event | None = None
         self._collect_soon: asyncio.Event | None = None
         for kind in _built_in():
+            kind.oldest = self._version
             self._kinds[kind.api_version, kind.plural] = kind
         for name in ("default", "kube-system", "kube-public"):
             self._create(self._kinds["v1", "namespaces"], "", {"metadata": {"name": name}}, "fake")
@@ -717,7 +722,10 @@ class Cluster:
         names = spec["names"]
         for version in spec["versions"]:
             at = (f"{spec['group']}/{version['name']}", names["plural"])
-            kind = self._kinds.get(at) or Kind(*at, names["kind"], spec["scope"] == "Namespaced")
+            kind = self._kinds.get(at)
+            if kind is None:
+                kind = Kind(*at, names["kind"], spec["scope"] == "Namespaced")
+                kind.oldest = self._version
             schema = version["schema"]["openAPIV3Schema"]
             kind.singular = names.get("singular", names["kind"].lower())
             kind.short, kind.categories = names.get("shortNames", []), names.get("categories", [])
@@ -959,9 +967,10 @@ class Cluster:
             return await self._watch(request, kind, namespace)
         key = (namespace, name)
         if method == "GET":
-            if not name:
-                return _json(self._list(kind, namespace, dict(query)))
-            return _json(self._existing(kind, key))
+            found = self._existing(kind, key) if name else self._list(kind, namespace, dict(query))
+            if tables.wanted(request.headers.get("Accept", "")):
+                found = tables.table([found] if name else found["items"], kind.printer, found["metadata"])
+            return _json(found)
         body = _decode(await request.read(), request.content_type)
         if query.get("fieldValidation") == "Strict" and kind.definition and method in {"POST", "PUT", "PATCH"}:
             if unknown := list(schema.unknown_fields(body, kind.definition["schema"]["openAPIV3Schema"])):
@@ -983,6 +992,10 @@ class Cluster:
         query, method = request.query, request.method
         namespace, name = key
         manager = query.get("fieldManager") or request.headers.get("User-Agent", "unknown").split("/")[0]
+        if method == "POST" and subresource == "token" and kind.kind == "ServiceAccount":
+            self._existing(kind, key)
+            token = self.service_account_token(*key)
+            return _json({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "status": {"token": token}})
         if method == "POST" and not name:
             self._check_namespace_of(kind, namespace, body)
             return _json(self._create(kind, namespace, body, manager), 201)
@@ -1095,6 +1108,7 @@ class Cluster:
     async def _watch(self, request: web.Request, kind: Kind, namespace: str) -> web.StreamResponse:
         query = dict(request.query)
         matches = _matcher(namespace, query)
+        columns = kind.printer if tables.wanted(request.headers.get("Accept", "")) else None
         start = query.get("resourceVersion", "")
         at = int(start) if start.isdigit() and start != "0" else self._version
         if start.isdigit() and start != "0" and at < kind.oldest:
@@ -1109,7 +1123,7 @@ class Cluster:
         pending: list[bytes] = []
         if start in {"", "0"}:
             pending = [
-                Event(at, "ADDED", kind.items[key], None).line("ADDED")
+                Event(at, "ADDED", kind.items[key], None).line("ADDED", columns)
                 for key in sorted(kind.items)
                 if matches(kind.items[key])
             ]
@@ -1117,7 +1131,7 @@ class Cluster:
             await response.prepare(request)
             while True:
                 changed = kind.changed
-                pending += self._lines_after(kind, at, matches)
+                pending += self._lines_after(kind, at, matches, columns)
                 at = self._version
                 now = loop.time()
                 if bookmarks and now >= bookmark:
@@ -1146,7 +1160,9 @@ class Cluster:
         assert self._stopped is not None
         await self._stopped.wait()
 
-    def _lines_after(self, kind: Kind, version: int, matches: Callable[[Object], bool]) -> list[bytes]:
+    def _lines_after(
+        self, kind: Kind, version: int, matches: Callable[[Object], bool], columns: list[Object] | None
+    ) -> list[bytes]:
         newer: list[Event] = []
         for event in reversed(kind.history):
             if event.version <= version:
@@ -1162,7 +1178,7 @@ class Cluster:
             else:  # it has left what the selector sees
                 shown = "DELETED" if before else ""
             if shown:
-                lines.append(event.line(shown))
+                lines.append(event.line(shown, columns))
         return lines
 
     # Discovery
