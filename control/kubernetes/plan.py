@@ -313,7 +313,7 @@ def _standalone(instance: Instance, settings: OperatorSettings, observed: Observ
             "kind": "Secret",
             "metadata": metadata_of(instance, f"{instance.name}-config", namespace, "config"),
             "type": "Opaque",
-            "data": encode({"redis.conf": redis_conf(instance), "users.acl": users_acl(instance, observed)}),
+            "data": encode({"redis.conf": redis_conf(instance), "users.acl": users_acl(observed.logins)}),
         }
     )
     objects.append(_service(instance, namespace, headless=False))
@@ -392,31 +392,25 @@ def maxmemory(instance: Instance) -> int:
     return int(quantity(limit, "spec.resources.limits.memory") * percent / Decimal(100))
 
 
-def gateway_rules(instance: Instance) -> list[str]:
-    """What the gateway's user may do: denied commands are denied to scripts too."""
-    denied = [name.lower() for name in instance.spec.gateway.commands.deny]
-    return [*GATEWAY_RULES, *(f"-{name.replace(' ', '|')}" for name in denied)]
-
-
 def digests(passwords: list[str]) -> list[str]:
     """As Redis keeps passwords."""
     return ["#" + hashlib.sha256(password.encode()).hexdigest() for password in passwords]
 
 
-def users_of(instance: Instance, observed: Observed) -> dict[str, list[str]]:
-    """The rules of each user, from nothing. Probes and the exporter need no password: they may see numbers only."""
+def users_of(logins: tuple[Login, ...]) -> dict[str, list[str]]:
+    """The rules of each user, from nothing. What a resource denies, the gateway denies, and scripts with it. Probes and the exporter need no password: they may see numbers only."""
     return {
         "default": ["off", "resetpass", "-@all"],
-        ADMIN_USER: ["on", *digests([login.admin_password for login in observed.logins]), "~*", "&*", "+@all"],
-        GATEWAY_USER: ["on", *digests([login.password for login in observed.logins]), *gateway_rules(instance)],
+        ADMIN_USER: ["on", *digests([login.admin_password for login in logins]), "~*", "&*", "+@all"],
+        GATEWAY_USER: ["on", *digests([login.password for login in logins]), *GATEWAY_RULES],
         "probe": ["on", "nopass", "-@all", "+ping"],
         "exporter": ["on", "nopass", "-@all", "+ping", "+info", "+slowlog|len", "+latency|latest"],
     }
 
 
-def users_acl(instance: Instance, observed: Observed) -> str:
+def users_acl(logins: tuple[Login, ...]) -> str:
     """The file of users that redis-server reads when it starts."""
-    return "".join(f"user {name} {' '.join(rules)}\n" for name, rules in users_of(instance, observed).items())
+    return "".join(f"user {name} {' '.join(rules)}\n" for name, rules in users_of(logins).items())
 
 
 def _copy(instance: Instance, secret: Object, namespace: str) -> Object:
