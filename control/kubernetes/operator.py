@@ -164,8 +164,8 @@ class Operator:
         self._claimed: dict[Key, list[str]] = {}
         # by uid: what the running Redis was told, and what it said
         self._told: dict[str, tuple[str, Running]] = {}
-        self._authorities: dict[str, Path] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        # certificates of authorities, as files, which is how a TLS context takes them
+        self._authorities_folder = Path()
 
     @property
     def synced(self) -> bool:
@@ -390,10 +390,7 @@ class Operator:
         """The passwords that are good now, the newest first, and in how many seconds that changes."""
         auth = instance.spec.auth
         given = await self._given_password(instance, problems)
-        if auth.existing_secret is not None and given is None:
-            given_missing = True
-        else:
-            given_missing = False
+        given_missing = auth.existing_secret is not None and given is None
         known = sorted(
             (_login_of(secret) for secret in self._all_of(instance, SECRETS) if _is_login(secret)),
             key=lambda login: -login.generation,
@@ -533,7 +530,7 @@ class Operator:
     async def _tell(
         self, instance: Instance, observed: Observed, health: _Health
     ) -> tuple[Running | None, Problem | None]:
-        """Let the running Redis have the users and settings that its files have; what it is, None if it does not run."""
+        """Let the running Redis have the users and settings of its files; what it is, None if it does not run."""
         if health.ready == 0 or not observed.logins:
             self._told.pop(instance.uid, None)
             return None, None
@@ -620,7 +617,7 @@ class Operator:
         job = await self._get(JOBS, name, home(instance))
         if job is None:
             if self._health(instance).ready == 0:
-                text = "deletionPolicy BackupThenDelete needs a running Redis: resume it, or set the policy to Delete or Retain"
+                text = "BackupThenDelete needs a running Redis: resume it, or set deletionPolicy to Delete or Retain"
                 await self._write_refusal(item, Problem("Ready", "FinalBackupImpossible", text))
                 return False
             logins = sorted(
@@ -654,18 +651,14 @@ class Operator:
         if not waiting:
             conditions["Degraded"] = _Condition(True, problem.reason, problem.message)
         # the others as they are: an apply that leaves them out would remove them
-        kept = [
-            {key: value for key, value in each.items()}
-            for kind, each in before.items()
-            if kind not in conditions and kind != "RouteProgrammed"
-        ]
+        kept = [each for kind, each in before.items() if kind not in conditions and kind != "RouteProgrammed"]
         status = {key: value for key, value in (item.get("status") or {}).items() if key != "conditions"}
         status |= {
             "observedGeneration": instance_generation,
             "operatorVersion": redisgate.__version__,
             "conditions": [*_rendered(conditions, before, instance_generation), *kept],
         }
-        await self._put_status(item, status, problem)
+        await self._put_status(item, status)
 
     async def _write_status(
         self,
@@ -717,10 +710,7 @@ class Operator:
             status["storage"] = self._storage(instance)
         if spec.backup is not None:
             status["backup"] = self._backups(instance)
-        problem = None
-        if not conditions["Ready"].status:
-            problem = Problem("Ready", conditions["Ready"].reason, conditions["Ready"].message)
-        await self._put_status(item, status, problem)
+        await self._put_status(item, status)
 
     def _conditions(
         self,
@@ -738,15 +728,12 @@ class Operator:
                 return _Condition(True, reason, message)
             return _Condition(False, found[0].reason, "; ".join(problem.message for problem in found))
 
-        conditions = {
-            "CredentialsReady": unless_problem(
-                "CredentialsReady",
-                "Accepted" if running is not None else "Created",
-                f"the password is in Secret {observed.logins[0].secret_name}, the API key in {planning.key_name(instance)}"
-                if observed.logins
-                else "there is no password yet",
-            )
-        }
+        where = "there is no password yet"
+        if observed.logins:
+            where = f"the password is in Secret {observed.logins[0].secret_name},"
+            where += f" the API keys are in {planning.key_name(instance)}"
+        accepted = "Accepted" if running is not None else "Created"
+        conditions = {"CredentialsReady": unless_problem("CredentialsReady", accepted, where)}
         if pods == 0:
             why = "spec.suspend is set" if spec.suspend else "spec.replicas is 0"
             conditions["Suspended"] = _Condition(True, "Suspended", f"{why}: no pod runs, and its data is kept")
@@ -835,7 +822,7 @@ class Operator:
             f"the last one is of {last}" if last else "none was due yet",
         )
 
-    async def _put_status(self, item: Object, status: Object, problem: Problem | None) -> None:
+    async def _put_status(self, item: Object, status: Object) -> None:
         before = item.get("status") or {}
         ours = {key: value for key, value in before.items() if key != "conditions"}
         conditions = [each for each in before.get("conditions") or () if each["type"] != "RouteProgrammed"]

@@ -398,7 +398,8 @@ def digests(passwords: list[str]) -> list[str]:
 
 
 def users_of(logins: tuple[Login, ...]) -> dict[str, list[str]]:
-    """The rules of each user, from nothing. What a resource denies, the gateway denies, and scripts with it. Probes and the exporter need no password: they may see numbers only."""
+    """The rules of each user, from nothing. What a resource denies, the gateway denies, and scripts with it. Probes and
+    the exporter need no password: they may see numbers only."""
     return {
         "default": ["off", "resetpass", "-@all"],
         ADMIN_USER: ["on", *digests([login.admin_password for login in logins]), "~*", "&*", "+@all"],

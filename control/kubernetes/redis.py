@@ -13,7 +13,7 @@ from typing import Any, Final
 from resp.address import Address
 from resp.connection import Connection, FutureWaiter, connect
 from resp.encoder import encode_commands
-from resp.errors import ConnectFailed, LoginRefused, RespError
+from resp.errors import ConnectFailed, LoginRefused, ReplyLost, RespError
 from resp.parser import ErrorReply, Parser
 
 CONNECT_SECONDS: Final = 2.0
@@ -62,7 +62,7 @@ async def adjust(addresses: Sequence[Address], users: Mapping[str, list[str]], c
         ]
         replies = await _ask(connection, commands)
     finally:
-        connection.close(RespError("done"))
+        connection.close(ReplyLost("done"))
     facts = dict(line.split(":", 1) for line in str(replies[0]).splitlines() if ":" in line)
     refused = {}
     for command, reply in zip(commands, replies, strict=True):
