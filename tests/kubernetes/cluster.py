@@ -608,7 +608,8 @@ class Cluster:
         if conflicts and not force:
             count = sum(len(paths) for paths in conflicts.values())
             others = "; ".join(
-                f'conflicts with "{other[0]}": {", ".join(sorted("".join(_dotted(path)) for path in paths))}'
+                f'conflict{"s" if len(paths) > 1 else ""} with "{other[0]}"{_using(kind, other)}: '
+                + ", ".join(sorted(map(_dotted, paths)))
                 for other, paths in conflicts.items()
             )
             raise Refused(
@@ -619,7 +620,7 @@ class Cluster:
                     {
                         "reason": "FieldManagerConflict",
                         "message": f'conflict with "{other[0]}"',
-                        "field": "".join(_dotted(path)),
+                        "field": _dotted(path),
                     }
                     for other, paths in conflicts.items()
                     for path in sorted(paths)
@@ -960,6 +961,9 @@ class Cluster:
         query = request.query
         method = request.method
         watching = method == "GET" and query.get("watch") in {"true", "1"}
+        known = {"": True, "status": kind.status, "scale": kind.scale, "token": kind.kind == "ServiceAccount"}
+        if not known.get(subresource):
+            raise Refused(404, "NotFound", "the server could not find the requested resource")
         self._authorize(request, kind, namespace, name, subresource, watching)
         if watching:
             if name:
@@ -967,6 +971,8 @@ class Cluster:
             return await self._watch(request, kind, namespace)
         key = (namespace, name)
         if method == "GET":
+            if subresource == "scale":
+                return _json(_scale_of(kind, self._existing(kind, key)))
             found = self._existing(kind, key) if name else self._list(kind, namespace, dict(query))
             if tables.wanted(request.headers.get("Accept", "")):
                 found = tables.table([found] if name else found["items"], kind.printer, found["metadata"])
@@ -999,6 +1005,11 @@ class Cluster:
         if method == "POST" and not name:
             self._check_namespace_of(kind, namespace, body)
             return _json(self._create(kind, namespace, body, manager), 201)
+        if subresource == "scale" and method in {"PUT", "PATCH"}:
+            before = self._existing(kind, key)
+            scale = body if method == "PUT" else _patched(_scale_of(kind, before), body, request.content_type)
+            after = {**before, "spec": {**before["spec"], "replicas": scale["spec"]["replicas"]}}
+            return _json(_scale_of(kind, self._replace(kind, key, after, manager, "")))
         if method == "PUT" and name:
             return _json(self._replace(kind, key, body, manager, subresource))
         if method == "PATCH" and name:
@@ -1264,6 +1275,18 @@ class Cluster:
                         "verbs": ["get", "patch", "update"],
                     }
                 )
+            if kind.scale:
+                found.append(
+                    {
+                        "name": kind.plural + "/scale",
+                        "singularName": "",
+                        "namespaced": kind.namespaced,
+                        "group": "autoscaling",
+                        "version": "v1",
+                        "kind": "Scale",
+                        "verbs": ["get", "patch", "update"],
+                    }
+                )
         if not found:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
         return _json({"kind": "APIResourceList", "groupVersion": api_version, "resources": found, "apiVersion": "v1"})
@@ -1497,13 +1520,32 @@ def _invalid(kind: Kind, name: str, causes: list[str]) -> Refused:
     )
 
 
-def _dotted(path: fields.Path) -> Iterable[str]:
+def _using(kind: Kind, manager: fields.Manager) -> str:
+    return "" if manager[1] == "Apply" else f" using {kind.api_version}"
+
+
+def _dotted(path: fields.Path) -> str:
+    text = ""
     for step in path:
         if step.startswith("f:"):
-            yield "." + step[2:]
+            text += "." + step[2:]
+        elif step.startswith("k:"):
+            text += "[" + ",".join(f"{k}={json.dumps(v)}" for k, v in json.loads(step[2:]).items()) + "]"
         else:
-            text = ",".join(f"{k}={json.dumps(v)}" for k, v in json.loads(step[2:]).items()) if step[0] == "k" else step
-            yield f"[{text}]"
+            text += f"[{step[2:]}]"
+    return text
+
+
+def _scale_of(kind: Kind, item: Object) -> Object:
+    metadata = {k: v for k, v in item["metadata"].items() if k in {"name", "namespace", "uid", "resourceVersion"}}
+    status = item.get("status", {})
+    return {
+        "apiVersion": "autoscaling/v1",
+        "kind": "Scale",
+        "metadata": metadata,
+        "spec": {"replicas": item.get("spec", {}).get("replicas", 1)},
+        "status": {"replicas": status.get("replicas", 0), "selector": status.get("selector", "")},
+    }
 
 
 def _spec_of(item: Object) -> Object:

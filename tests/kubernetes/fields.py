@@ -220,10 +220,11 @@ def apply(
     assert isinstance(result, dict)
     result = json.loads(json.dumps(result))
     kept = {path for other, theirs in owners.items() if other != manager for path in theirs}
-    for path in sorted(mine - stated, key=len, reverse=True):
-        if path in kept or any(k[: len(path)] == path for k in kept | stated):
-            continue
-        remove(result, path)
+    kept |= stated
+    # an item of a list goes before its fields, and with what nobody owns in it
+    for path in sorted(mine - stated, key=len):
+        if not any(other[: len(path)] == path for other in kept):
+            remove(result, path)
     after = {other: theirs - conflicts.get(other, set()) for other, theirs in owners.items()}
     after[manager] = stated
     return result, {who: theirs for who, theirs in after.items() if theirs}, conflicts
