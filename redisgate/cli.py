@@ -1,4 +1,4 @@
-"""The command line: `redisgate serve`, `dev`, `check`, `migrate`, `admin`, `audit`, `version`."""
+"""The command line: `redisgate serve`, `dev`, `check`, `migrate`, `admin`, `audit`, `operator`, `version`."""
 
 import argparse
 import os
@@ -20,6 +20,14 @@ or a file with instances and tokens: redisgate serve --config FILE
 or a PostgreSQL for accounts and instances: DATABASE_URL=postgresql://... REDISGATE_SECRET_KEY=... redisgate serve
 or a Kubernetes cluster with RedisHttpInstances: redisgate serve --kubernetes on
 To try it without a Redis of your own: redisgate dev"""
+
+# their flags, and what they do: control/kubernetes/commands.py
+_KUBERNETES = {
+    "operator": "let a Kubernetes cluster have the Redis servers that RedisHttpInstances ask for",
+    "crd": "print what a Kubernetes cluster has to know of RedisHttpInstances",
+    "backup": "copy a Redis to S3-compatible storage",
+    "restore": "put such a copy where a new Redis finds it",
+}
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -86,6 +94,12 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     audit.add_argument("logs", nargs="*", metavar="LOG", help="logs of the gateway, whose heads are compared")
     if chosen == "audit":
         config.add_flags(audit)
+    for name, text in _KUBERNETES.items():
+        cluster = commands.add_parser(name, help=text)
+        if chosen == name:
+            from control.kubernetes.commands import add_flags
+
+            add_flags(name, cluster)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -98,6 +112,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     options = vars(build_parser(next(iter(arguments), None)).parse_args(arguments))
     command = options.pop("command")
+    if command in _KUBERNETES:
+        from control.kubernetes.commands import run as run_in_cluster
+
+        return run_in_cluster(command, options)
     from redisgate.config import ConfigError, load
 
     environ, cwd = dict(os.environ), Path.cwd()
