@@ -22,7 +22,7 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 from uuid import UUID
 
 import asyncpg
@@ -33,7 +33,7 @@ from control.database import DatabaseAway, Record, close
 from control.encryption import DecryptionError
 from control.http import Context
 from control.instance_tokens import token_digest
-from control.instances import address_of
+from control.instances import Routes, address_of
 from control.tokens import InvalidToken, SessionClaims
 from control.usage import UsageCollector
 from redisgate.access import UNAUTHORIZED, AccessTable, Grant, Instance, Keyring, Refusal
@@ -44,7 +44,6 @@ from redisgate.policy import Scope
 from redisgate.scripts import ScriptCache
 from redisgate.shared import SharedState, SharedStateError, subject_digest
 from redisgate.streams import StreamExchange
-from resp.address import Address
 from resp.errors import Unavailable
 
 CHANNEL: Final = "redisgate_access"
@@ -89,12 +88,6 @@ class _Load:
 
     task: "asyncio.Task[Refusal | None] | None" = None
     changed: set[str] = field(default_factory=set)
-
-
-class Routes(Protocol):
-    """See `control.kubernetes.routes.RouteTable`."""
-
-    def address(self, instance_id: str) -> Address | None: ...
 
 
 class AccessFeed:
@@ -352,7 +345,7 @@ class AccessFeed:
         made_from: tuple[object, ...]
         if row["provisioner"] == "kubernetes":
             # No password of it is kept in PostgreSQL: the operator tells the gateways.
-            route = self.routes.address(instance_id) if self.routes is not None else None
+            route = self.routes.address(row["endpoint"]["kubernetes"]) if self.routes is not None else None
             if route is None:
                 return None
             made_from = (route, row["slug"], row["label"])

@@ -63,7 +63,7 @@ class Plane:
         """Reach instances in the cluster by the routes that the operator publishes."""
         self.feed.routes = follower.routes
         follower.on_change = self.feed.forget_instance
-        self.context.extra["kubernetes"] = follower
+        self.context.extra |= {"kubernetes": follower, "kubernetes.routes": follower.routes}
 
     async def start(self) -> None:
         """Begin to follow what changes; does not wait for PostgreSQL."""

@@ -98,6 +98,8 @@ class ClusterSettings:
     kubernetes_context: str = ""
     kubernetes_namespace: str = ""
     kubernetes_watch: str = ""
+    scale_memory_above: int = 0
+    scale_memory_after: float = 600.0
 
     @property
     def enabled(self) -> bool:
@@ -400,6 +402,12 @@ SETTINGS: tuple[Setting, ...] = (
         "where the gateway runs and the operator leaves it the routes; by default the pod's, else redisgate",
     ),
     _cluster("kubernetes_watch", text, "the only namespace whose RedisHttpInstances count; by default all do"),
+    _cluster(
+        "scale_memory_above",
+        count(0, 99),
+        "percent of its memory that an instance of the control plane may use before it grows by half; 0: none grows",
+    ),
+    _cluster("scale_memory_after", duration, "it has to use so much without a break before it grows"),
 )
 
 _POOL = InstanceConfig("", Address())

@@ -20,7 +20,16 @@ from typing import Any, Final
 
 import msgspec
 
-from control.kubernetes.client import INSTANCES, SECRETS, Conflict, KubernetesClient, NotConfigured, NotFound, Object
+from control.kubernetes.client import (
+    INSTANCES,
+    SECRETS,
+    Conflict,
+    KubernetesClient,
+    KubernetesError,
+    NotConfigured,
+    NotFound,
+    Object,
+)
 from control.kubernetes.lease import Lease
 from control.kubernetes.queue import WorkQueue
 from control.kubernetes.reflector import DELETED, Reflector
@@ -54,6 +63,8 @@ MAX_ROUTE_BYTES: Final = 64 * 1024
 """Of one route; a larger one is refused."""
 MAX_TOKENS: Final = 64
 """Keys of one instance, older ones that still work included."""
+PROBE_SECONDS: Final = 3.0
+"""For the API server to show that it is there, before something is asked of it."""
 EXPIRY_SECONDS: Final = 1.0
 """Between two looks for streams whose key's time is over."""
 
@@ -105,6 +116,7 @@ class Route(msgspec.Struct, frozen=True):
     tokens: tuple[Token, ...]
     hosts: tuple[str, ...] = ()
     tls: bool = False
+    ca: str | None = None
     user: str = ""
     password: str = ""
     previous_password: str | None = None
@@ -118,6 +130,7 @@ class Route(msgspec.Struct, frozen=True):
             host=self.host,
             port=self.port,
             tls=self.tls,
+            ca=self.ca,
             username=self.user or None,
             password=self.password or None,
         )
@@ -173,7 +186,6 @@ class RouteTable:
         self._max_body_bytes = max_body_bytes
         self._scripts = ScriptCache(shared)
         self._routes: dict[str, tuple[Route, str | None]] = {}  # by uid, with the id of its row
-        self._rows: dict[str, str] = {}  # by id of a row: the uid
         self._grants: dict[str, dict[bytes, Grant]] = {}  # by uid: by SHA-256 of the key
         self._made_from: dict[str, tuple[object, ...]] = {}  # by uid: what its Instance was made from
         self._limits: dict[str, tuple[int, Limit]] = {}  # by uid: the rate and who counts it
@@ -185,10 +197,10 @@ class RouteTable:
         """Of the instances that are routed."""
         return list(self._routes)
 
-    def address(self, instance_id: str) -> Address | None:
-        """How to reach the instance of a row of the control plane; None: it has no route now."""
-        uid = self._rows.get(instance_id)
-        return self._routes[uid][0].address if uid is not None else None
+    def address(self, uid: str) -> Address | None:
+        """How to reach an instance; None: it has no route now."""
+        found = self._routes.get(uid)
+        return found[0].address if found is not None else None
 
     def put(self, route: Route, row_id: str | None = None) -> list[str]:
         """Route what asks for an instance as its route says; what people should know of it.
@@ -221,10 +233,7 @@ class RouteTable:
         for digest, grant in grants.items():
             self._access.put_digest(digest, grant)
         self._grants[route.id] = grants
-        self._forget_row(route.id)
         self._routes[route.id] = (route, row_id)
-        if row_id is not None:
-            self._rows[row_id] = route.id
         self._look_after_streams(before, grants)
         return self._notes(route)
 
@@ -233,7 +242,6 @@ class RouteTable:
         before = self._grants.pop(uid, {})
         for digest in before:
             self._access.remove_digest(digest)
-        self._forget_row(uid)
         self._routes.pop(uid, None)
         if self._made_from.pop(uid, None) is not None:
             self._access.remove_instance(uid)
@@ -241,11 +249,6 @@ class RouteTable:
         if limit is not None:
             limit.flush(time.time())
         self._look_after_streams(before, {})
-
-    def _forget_row(self, uid: str) -> None:
-        _, row_id = self._routes.get(uid, (None, None))
-        if row_id is not None and self._rows.get(row_id) == uid:
-            del self._rows[row_id]
 
     def _instance(self, route: Route, row_id: str | None) -> Instance:
         labels = tuple(host.removesuffix(self._suffix) for host in route.hosts if host.endswith(self._suffix or "\0"))
@@ -385,6 +388,16 @@ class RouteFollower:
             trouble = routes.trouble or instances.trouble
             log.warning("the routes of the cluster are not read yet: %s", trouble)
 
+    async def problem(self) -> str | None:
+        """Why the cluster cannot be used now, in words; None if it can."""
+        if self.client is None:
+            return "the gateway is starting"
+        try:
+            await self.client.call("GET", "/version", seconds=PROBE_SECONDS)
+        except KubernetesError as error:
+            return str(error)
+        return None
+
     async def stop(self) -> None:
         """End; what is known stays."""
         tasks = list(self._tasks)
@@ -453,7 +466,7 @@ class RouteFollower:
         """Let the access table say of an instance what the cluster says."""
         secret, instance = self._secrets.get(uid), self._instances.get(uid)
         row_id = instance["metadata"].get("labels", {}).get(INSTANCE_ID_LABEL) if instance is not None else None
-        changed = self.routes.address(row_id) if row_id is not None else None
+        before = self.routes.address(uid)
         self._problems.pop(uid, None)
         self._notes.pop(uid, None)
         gone = instance is None or "deletionTimestamp" in instance["metadata"]
@@ -466,7 +479,7 @@ class RouteFollower:
                 self.routes.remove(uid)
                 self._problems[uid] = str(error)
                 log.warning("%s cannot be served: %s", secret["metadata"]["name"], error)
-        if row_id is not None and self.routes.address(row_id) != changed:
+        if row_id is not None and self.routes.address(uid) != before:
             self.on_change(row_id)
         if self._leading:
             self._queue.add(uid)
