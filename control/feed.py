@@ -33,7 +33,7 @@ from control.database import DatabaseAway, Record, close
 from control.encryption import DecryptionError
 from control.http import Context
 from control.instance_tokens import token_digest
-from control.instances import address_of
+from control.instances import Routes, address_of
 from control.tokens import InvalidToken, SessionClaims
 from control.usage import UsageCollector
 from redisgate.access import UNAUTHORIZED, AccessTable, Grant, Instance, Keyring, Refusal
@@ -71,6 +71,9 @@ _AWAY = "the control plane's database cannot be reached, and this token is not k
 _SEVERAL = Refusal(400, b"ERR this token is good for several instances: name one, as in /redis/<instance id>/get/key")
 _NONE_YET = Refusal(404, b"ERR there is no instance yet that this token is good for")
 _NOT_RUNNING = Refusal(503, b"ERR the instance is not running", RETRY_AFTER)
+_NO_ROUTE = Refusal(
+    503, b"ERR the instance cannot be reached from here now: the cluster has no route to it", RETRY_AFTER
+)
 _BROKEN = Refusal(503, b"ERR the instance's credentials cannot be read; its operator finds the reason in the log")
 
 # The steward migrates a database that was away when the workers started.
@@ -122,6 +125,8 @@ class AccessFeed:
         self._nonce = ""
         self._proof = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.routes: Routes | None = None
+        """Where instances in a cluster are."""
         self.listening = False
         """Whether notifications have been shown to arrive."""
 
@@ -314,6 +319,8 @@ class AccessFeed:
             return _NOT_RUNNING
         try:
             instance = self._instance(row)
+            if instance is None:
+                return _NO_ROUTE
         except DecryptionError as error:
             log.error("instance %s: its password cannot be decrypted: %s", row["id"], error)
             return _BROKEN
@@ -333,14 +340,23 @@ class AccessFeed:
         meter = Meter(limits, cell=cell, max_bytes=quota["quota_max_request_bytes"])
         return Grant(instance, scope, name=name, expires=until, limiter=meter)
 
-    def _instance(self, row: Record) -> Instance:
-        """The instance of a row, connected as the row says. Raises DecryptionError."""
+    def _instance(self, row: Record) -> Instance | None:
+        """The instance of a row, connected as the row says; None: it has no route now. Raises DecryptionError."""
         instance_id = str(row["id"])
-        made_from = (repr(row["endpoint"]), row["redis_user"], row["password_encrypted"], row["slug"], row["label"])
+        made_from: tuple[object, ...]
+        if row["provisioner"] == "kubernetes":
+            # No password of it is kept in PostgreSQL: the operator tells the gateways.
+            route = self.routes.address(row["endpoint"]["kubernetes"]) if self.routes is not None else None
+            if route is None:
+                return None
+            made_from = (route, row["slug"], row["label"])
+        else:
+            route = None
+            made_from = (repr(row["endpoint"]), row["redis_user"], row["password_encrypted"], row["slug"], row["label"])
         known = self._access.instances.get(instance_id)
         if known is not None and self._connected.get(instance_id) == made_from:
             return known
-        address = address_of(row, self._context.encryption)
+        address = address_of(row, self._context.encryption) if route is None else route
         if known is not None:
             self._access.remove_instance(instance_id)
         instance = Instance(
@@ -437,6 +453,10 @@ class AccessFeed:
                 if limit is not None:
                     limit.flush(time.time())
         self._look_after_streams(gone)
+
+    def forget_instance(self, instance_id: str) -> None:
+        """Its route has changed."""
+        self._forget_subjects({f"instances:{instance_id}"})
 
     def _forget_all(self) -> None:
         log.warning("what changed about access is not known completely: forgetting what is cached")
@@ -595,7 +615,8 @@ class _Found:
 
 
 _INSTANCE: Final = (
-    "i.id, i.organization_id, i.slug, i.label, i.desired_state, i.endpoint, i.redis_user, i.password_encrypted"
+    "i.id, i.organization_id, i.slug, i.label, i.desired_state, i.provisioner, i.endpoint, i.redis_user,"
+    " i.password_encrypted"
 )
 _QUOTA: Final = (
     "q.requests_per_second AS quota_requests_per_second, q.commands_per_day AS quota_commands_per_day,"

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -26,7 +26,7 @@ from control.addresses import AddressPolicy
 from control.database import Connection, Database, Record
 from control.duties import duty
 from control.encryption import DecryptionError, Encryption
-from control.http import BadRequest, Conflict, Context, NotFound
+from control.http import BadRequest, Conflict, Context, NotFound, Unavailable
 from control.instance_tokens import token_digest
 from control.provisioners import GATEWAY_USER, ProvisionError, Spec, version_matches
 from control.provisioners.external import ExternalProvisioner, displayed, endpoint_address
@@ -124,15 +124,28 @@ def decrypt(row: Record, column: str, encryption: Encryption) -> str | None:
     return encryption.decrypt(ciphertext, secret_context(row["id"], column)).decode()
 
 
-def address_of(row: Record, encryption: Encryption) -> Address:
+class Routes(Protocol):
+    """Where instances in a cluster are: see `control.kubernetes.routes`."""
+
+    def address(self, uid: str) -> Address | None:
+        """None: there is no way to it now."""
+        ...
+
+
+def address_of(row: Record, encryption: Encryption, routes: Routes | None = None) -> Address:
     """How a gateway reaches an instance and logs in; needs `id`, `endpoint`, `redis_user` and `password_encrypted`.
 
     Raises:
-        ValueError: it has no endpoint yet.
+        ValueError: it has no endpoint yet, or the cluster has no route to it.
         DecryptionError: its key is missing.
     """
     if row["endpoint"] is None:
         raise ValueError("this instance has no endpoint yet")
+    if "kubernetes" in row["endpoint"]:
+        route = routes.address(row["endpoint"]["kubernetes"]) if routes is not None else None
+        if route is None:
+            raise ValueError("the cluster has no route to this instance")
+        return route
     return endpoint_address(row["endpoint"], row["redis_user"], decrypt(row, "password", encryption))
 
 
@@ -160,6 +173,11 @@ def spec_of(row: Record, encryption: Encryption | None, *, only_these_passwords:
         only_these_passwords=only_these_passwords,
         endpoint=row["endpoint"],
         process=row["process"],
+        organization_id=row["organization_id"],
+        slug=row["slug"],
+        label=row["label"],
+        cpu_request=row["cpu_request"],
+        memory_request=row["memory_request"],
     )
 
 
@@ -342,6 +360,8 @@ async def create(
         BadRequest, Conflict, QuotaExceeded: it cannot be.
     """
     provisioner = await _check_new(context, organization_id, body)
+    if provisioner == "kubernetes":
+        await _check_cluster(context)
     instance_id, encryption, tokens = (
         UUID(bytes=secrets.token_bytes(16), version=4),
         context.encryption,
@@ -408,14 +428,26 @@ async def _check_new(context: Context, organization_id: UUID, body: CreateInstan
         problem = await _version_problem(context, body.redis_version)
         if problem is not None:
             fields["redis_version"] = problem
+        if provisioner == "kubernetes" and body.backup_enabled:
+            fields["backup_enabled"] = "is for whoever runs the cluster to set, by spec.backup of the resource"
     if fields:
         raise BadRequest(fields=fields)
     return provisioner
 
 
+async def _check_cluster(context: Context) -> None:
+    """See that the cluster answers before anything is written down. Raises Unavailable."""
+    follower = context.extra.get("kubernetes")
+    problem = "this gateway does not follow a cluster (kubernetes is off)"
+    if follower is not None:
+        problem = await follower.problem()
+    if problem is not None:
+        raise Unavailable(f"no instance can be made now, and none was: {problem}")
+
+
 async def _version_problem(context: Context, wanted: str | None) -> str | None:
     """Why no host can run a version of Redis; None where one can, or where nobody knows yet."""
-    if wanted is None or context.settings.mode == "dev":
+    if wanted is None or context.settings.mode == "dev" or context.settings.provisioner != "local":
         return None
     versions = await hosts.redis_versions(context.database)
     if not versions or any(version_matches(wanted, version) for version in versions):

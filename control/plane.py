@@ -7,6 +7,7 @@ works without it, and goes on working while PostgreSQL is away.
 import asyncio
 import dataclasses
 import logging
+from typing import TYPE_CHECKING
 
 from control.app import make_app, make_context
 from control.daily import DailyLeases
@@ -22,6 +23,9 @@ from redisgate.asgi import AsgiServer
 from redisgate.config import Settings
 from redisgate.metrics import Document, Publisher
 from redisgate.shared import SharedState
+
+if TYPE_CHECKING:
+    from control.kubernetes.routes import RouteFollower
 
 __all__ = ["MigrationError", "Plane", "migrate_at_start", "run_steward"]
 
@@ -56,6 +60,12 @@ class Plane:
         self.context.extra["usage"] = self.usage
         busy = failure(Unavailable("too many requests are under way; try again", 1))
         self.http = AsgiServer(make_app(self.context), bytes(busy.body))
+
+    def follow(self, follower: "RouteFollower") -> None:
+        """Reach instances in the cluster by the routes that the operator publishes."""
+        self.feed.routes = follower.routes
+        follower.on_change = self.feed.forget_instance
+        self.context.extra |= {"kubernetes": follower, "kubernetes.routes": follower.routes}
 
     async def start(self) -> None:
         """Begin to follow what changes; does not wait for PostgreSQL."""

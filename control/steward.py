@@ -68,10 +68,12 @@ def check(settings: Settings) -> None:
         ConfigError: there is no such provisioner, or nothing to run instances with.
     """
     provisioner = settings.control.provisioner
-    if provisioner == "kubernetes":
-        raise ConfigError("provisioner: kubernetes is not built yet; use local or external")
-    if provisioner not in ("local", "external"):
-        raise ConfigError(f"provisioner: there is none called {provisioner!r}; use local or external")
+    if provisioner not in ("local", "external", "kubernetes"):
+        raise ConfigError(f"provisioner: there is none called {provisioner!r}; use local, external or kubernetes")
+    if provisioner == "kubernetes" and not settings.cluster.enabled:
+        raise ConfigError(
+            "provisioner: kubernetes needs a cluster that the gateway follows: set REDISGATE_KUBERNETES=on"
+        )
     if provisioner == "local" and not find_servers(settings.control.redis_server):
         raise ConfigError(
             "provisioner: local instances need a redis-server, and there is none on PATH: install one (Debian, Ubuntu:"
@@ -142,6 +144,7 @@ class Steward:
         settings = context.gateway_settings
         self.host_id = hosts.host_id(settings.state_dir)
         self._context = context
+        self._on_step = on_step
         self._database: Database = context.database
         control = settings.control
         self._local = LocalProvisioner(
@@ -289,6 +292,8 @@ class Steward:
             tasks = [asyncio.create_task(self._forever("the sweep of external instances", self._sweep_external))]
             tasks.append(asyncio.create_task(self._forever("the watch over hosts", self._watch_hosts)))
             tasks += [asyncio.create_task(self._do(duty)) for duty in load_duties()]
+            if self._context.gateway_settings.cluster.enabled:
+                tasks.append(asyncio.create_task(self._forever("the watch over the cluster", self._follow_cluster)))
             try:
                 while True:
                     await connection.execute("SELECT 1")
@@ -296,6 +301,7 @@ class Steward:
             finally:
                 PROVISIONING.leads = False
                 del self._provisioners["external"]
+                self._provisioners.pop("kubernetes", None)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -305,6 +311,13 @@ class Steward:
             for row in await self._database.fetch("SELECT id FROM instances WHERE provisioner = 'external'"):
                 self._queue.add(row["id"])
             await asyncio.sleep(EXTERNAL_SWEEP_SECONDS)
+
+    async def _follow_cluster(self) -> None:
+        # Not imported where there is no cluster.
+        from control.kubernetes.fleet import Fleet
+
+        fleet = Fleet(self._context, self._queue.add, on_step=self._on_step)
+        await fleet.run(lambda provisioner: self._provisioners.update(kubernetes=provisioner))
 
     async def _watch_hosts(self) -> None:
         """Say so when a host is away. Not at once: after PostgreSQL was away, every host has yet to be heard of."""

@@ -25,7 +25,7 @@ from control.database import Connection, Database, DatabaseAway, Record
 from control.duties import duty
 from control.encryption import Encryption
 from control.http import BadRequest, Context
-from control.instances import address_of
+from control.instances import Routes, address_of
 from redisgate.access import AccessTable, Instance, IpAddress
 from redisgate.config import ControlSettings
 from redisgate.metering import READ, WRITE, UsageCell, percentile
@@ -321,7 +321,9 @@ def _number(text: str | None, most: int) -> int:
     return 0 if text is None else min(max(int(text), 0), most)
 
 
-async def look_at(row: Record, encryption: Encryption, loaded: Instance | None = None) -> tuple[float, Sample]:
+async def look_at(
+    row: Record, encryption: Encryption, loaded: Instance | None = None, routes: Routes | None = None
+) -> tuple[float, Sample]:
     """How long an instance takes to answer, in seconds, and what it says; over the gateway's connections if it has any.
 
     Raises:
@@ -331,7 +333,7 @@ async def look_at(row: Record, encryption: Encryption, loaded: Instance | None =
     if loaded is not None:
         pool, database = loaded.backend.pool, loaded.config.address.database
     else:
-        address = address_of(row, encryption)
+        address = address_of(row, encryption, routes)
         pool, database = Pool(address, size=2, connect_timeout=SAMPLE_TIMEOUT), address.database
     try:
         await pool.call(b"PING")  # connects, if nobody has yet
@@ -373,7 +375,9 @@ async def sample_instances(context: Context) -> None:
         async with turns:
             try:
                 async with asyncio.timeout(SAMPLE_TIMEOUT):
-                    return row["id"], (await look_at(row, context.encryption))[1]
+                    return row["id"], (
+                        await look_at(row, context.encryption, routes=context.extra.get("kubernetes.routes"))
+                    )[1]
             except Exception as error:
                 log.debug("no sample of instance %s: %s", row["id"], error)
                 return None

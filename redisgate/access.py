@@ -352,11 +352,12 @@ class Source(Protocol):
 class AccessTable:
     """Credential bytes to `Grant`."""
 
-    __slots__ = ("_derive", "_grants", "instances", "revision", "source", "streams")
+    __slots__ = ("_derive", "_digests", "_grants", "instances", "revision", "source", "streams")
 
     def __init__(self, derive: Callable[[bytes, "AccessTable"], Grant | None] | None = None) -> None:
         """`derive` makes the grant of a credential that carries its own proof, or returns None."""
         self._grants: dict[bytes, Grant] = {}
+        self._digests: dict[bytes, Grant] = {}
         self._derive = derive
         self.instances: dict[str, Instance] = {}
         self.revision = 0
@@ -391,6 +392,16 @@ class AccessTable:
         """How many credentials are known."""
         return len(self._grants)
 
+    def put_digest(self, digest: bytes, grant: Grant) -> None:
+        """Let the credential with this SHA-256 grant `grant`: for those that we are never told."""
+        self._digests[digest] = grant
+        self.revision += 1
+
+    def remove_digest(self, digest: bytes) -> None:
+        """Let the credential with this SHA-256 grant nothing more."""
+        if self._digests.pop(digest, None) is not None:
+            self.revision += 1
+
     def find(self, credential: bytes) -> Grant | None:
         """What stands in the table, whether or not it has expired."""
         return self._grants.get(credential)
@@ -399,7 +410,10 @@ class AccessTable:
         """What the credential grants now; None if nothing (any more)."""
         grant = self._grants.get(credential)
         if grant is None:
-            grant = self._derive(credential, self) if self._derive is not None else None
+            if self._digests:
+                grant = self._digests.get(hashlib.sha256(credential).digest())
+            if grant is None and self._derive is not None:
+                grant = self._derive(credential, self)
             if grant is None:
                 return None
         if grant.expires is not None and grant.expires != GUARDED and time.time() >= grant.expires:

@@ -1,4 +1,4 @@
-"""The command line: `redisgate serve`, `dev`, `check`, `doctor`, `loadtest`, `migrate`, `admin`, `audit`, `version`."""
+"""The command line: `redisgate serve`, `dev`, `check`, `doctor`, `operator` and what else `redisgate --help` lists."""
 
 import argparse
 import os
@@ -19,7 +19,16 @@ redisgate: no Redis is configured. Either
 
 or a file with instances and tokens: redisgate serve --config FILE
 or a PostgreSQL for accounts and instances: DATABASE_URL=postgresql://... REDISGATE_SECRET_KEY=... redisgate serve
+or a Kubernetes cluster with RedisHttpInstances: redisgate serve --kubernetes on
 To try it without a Redis of your own: redisgate dev"""
+
+# their flags, and what they do: control/kubernetes/commands.py
+_KUBERNETES = {
+    "operator": "let a Kubernetes cluster have the Redis servers that RedisHttpInstances ask for",
+    "crd": "print what a Kubernetes cluster has to know of RedisHttpInstances",
+    "backup": "copy a Redis to S3-compatible storage",
+    "restore": "put such a copy where a new Redis finds it",
+}
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -122,6 +131,12 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     audit.add_argument("logs", nargs="*", metavar="LOG", help="logs of the gateway, whose heads are compared")
     if chosen == "audit":
         config.add_flags(audit)
+    for name, text in _KUBERNETES.items():
+        cluster = commands.add_parser(name, help=text)
+        if chosen == name:
+            from control.kubernetes.commands import add_flags
+
+            add_flags(name, cluster)
     commands.add_parser("version", help="print the version")
     return parser
 
@@ -134,6 +149,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     options = vars(build_parser(next(iter(arguments), None)).parse_args(arguments))
     command = options.pop("command")
+    if command in _KUBERNETES:
+        from control.kubernetes.commands import run as run_in_cluster
+
+        return run_in_cluster(command, options)
     from redisgate.config import ConfigError, load
 
     environ, cwd = dict(os.environ), Path.cwd()
@@ -170,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             return migrate.run(settings.control, status=options["status"], new=options["name"])
         if command in ("admin", "audit"):
             return _operate(command, settings, options)
-        if not settings.instances and not settings.control.enabled:
+        if not settings.instances and not settings.control.enabled and not settings.cluster.enabled:
             print(_NOTHING_CONFIGURED, file=sys.stderr)
             return 2
         if command == "check":

@@ -93,6 +93,24 @@ class ControlSettings:
 
 
 @dataclass(frozen=True)
+class ClusterSettings:
+    """What is told of a Kubernetes cluster."""
+
+    kubernetes: str = "off"
+    kubeconfig: str = ""
+    kubernetes_context: str = ""
+    kubernetes_namespace: str = ""
+    kubernetes_watch: str = ""
+    scale_memory_above: int = 0
+    scale_memory_after: float = 600.0
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the instances of a cluster are served."""
+        return self.kubernetes == "on"
+
+
+@dataclass(frozen=True)
 class InstanceConfig:
     """A Redis that tokens can name; times in seconds."""
 
@@ -155,6 +173,7 @@ class Settings:
     trace_ratio: float = 0.01
     limits: Limits = Limits()
     control: ControlSettings = ControlSettings()
+    cluster: ClusterSettings = ClusterSettings()
     instances: tuple[InstanceConfig, ...] = ()
     tokens: tuple[TokenConfig, ...] = ()
 
@@ -312,6 +331,10 @@ def _control(name: str, parse: Callable[[Any], Any], help: str, other_variable: 
     return Setting(name, parse, getattr(ControlSettings(), name), help, "control", other_variable)
 
 
+def _cluster(name: str, parse: Callable[[Any], Any], help: str, other_variable: str = "") -> Setting:
+    return Setting(name, parse, getattr(ClusterSettings(), name), help, "cluster", other_variable)
+
+
 SETTINGS: tuple[Setting, ...] = (
     Setting("host", text, "127.0.0.1", "address to listen on; 0.0.0.0 or :: for all"),
     Setting("port", count(0, 65535), 3000, "port to listen on; 0 picks a free one"),
@@ -405,7 +428,11 @@ SETTINGS: tuple[Setting, ...] = (
     _control("purge_after", duration, "a deleted instance can be restored; then its data is gone"),
     _control("mailer", text, "log, or module:function that sends a mail"),
     _control("trusted_proxies", networks, "networks whose X-Forwarded-For and X-Forwarded-Proto are believed"),
-    _control("provisioner", choice("local", "external"), "where an instance without a URL of its own comes from"),
+    _control(
+        "provisioner",
+        choice("local", "external", "kubernetes"),
+        "where an instance without a URL of its own comes from",
+    ),
     _control("redis_server", text, "program of local instances; by default redis-server or valkey-server on PATH"),
     _control("instances_dir", text, "data of local instances; by default instances in state_dir"),
     _control("allow_private_addresses", boolean, "whether external instances may be at private addresses"),
@@ -415,6 +442,26 @@ SETTINGS: tuple[Setting, ...] = (
     _control("retain_minutes", duration, "usage by the minute is kept"),
     _control("retain_hours", duration, "usage by the hour is kept"),
     _control("retain_days", duration, "usage by the day is kept"),
+    _cluster("kubernetes", choice("off", "on"), "on: serve the RedisHttpInstances of a cluster, without a restart"),
+    _cluster(
+        "kubeconfig",
+        text,
+        "file that says how to reach the cluster; by default the pod's service account, else ~/.kube/config",
+        "KUBECONFIG",
+    ),
+    _cluster("kubernetes_context", text, "context of that file; by default its current one"),
+    _cluster(
+        "kubernetes_namespace",
+        text,
+        "where the gateway runs and the operator leaves it the routes; by default the pod's, else redisgate",
+    ),
+    _cluster("kubernetes_watch", text, "the only namespace whose RedisHttpInstances count; by default all do"),
+    _cluster(
+        "scale_memory_above",
+        count(0, 99),
+        "percent of its memory that an instance of the control plane may use before it grows by half; 0: none grows",
+    ),
+    _cluster("scale_memory_after", duration, "it has to use so much without a break before it grows"),
 )
 
 _POOL = InstanceConfig("", Address())
@@ -508,7 +555,7 @@ def load(
             f"{path} is written for a newer release: its settings_version is {version}, and this release knows up to"
             f" {SETTINGS_VERSION}; upgrade, or use the file of before"
         )
-    tables = {"limits": document.pop("limits", {}), "control": document.pop("control", {})}
+    tables = {name: document.pop(name, {}) for name in ("limits", "control", "cluster")}
     instance_tables = _tables(document, "instances", where)
     token_tables = _tables(document, "tokens", where)
     tables[""] = document
@@ -564,6 +611,7 @@ def load(
         secret_key_is_default=secret is None,
         limits=Limits(**values["limits"]),
         control=ControlSettings(**values["control"]),
+        cluster=ClusterSettings(**values["cluster"]),
         instances=tuple(instances),
         tokens=tuple(tokens),
     )

@@ -118,6 +118,21 @@ CONTROL_BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("control.addresses", "MAX_ADDRESSES", "addresses", "of one name; a name with more is refused"),
 )
 
+KUBERNETES_BOUNDS: tuple[tuple[str, str, str, str], ...] = (
+    ("control.kubernetes.client", "CALL_SECONDS", "s", "for the API server to answer a call"),
+    ("control.kubernetes.client", "CONNECTIONS", "calls", "under way at a time; more wait"),
+    ("control.kubernetes.client", "EVENT_BYTES", "bytes", "largest event of a watch"),
+    ("control.kubernetes.reflector", "SILENCE_SECONDS", "s", "after which a watch counts as dead"),
+    ("control.kubernetes.reflector", "RETRY_SECONDS_MOST", "s", "longest pause before a watch is tried again"),
+    ("control.kubernetes.queue", "WORKERS", "resources", "are worked on side by side"),
+    ("control.kubernetes.queue", "BACKOFF_SECONDS_MOST", "s", "longest pause before work that failed is done again"),
+    ("control.kubernetes.lease", "DURATION_SECONDS", "s", "after which the lease of who is silent is taken"),
+    ("control.kubernetes.lease", "DEADLINE_SECONDS", "s", "without a renewal after which who has it stops working"),
+    ("control.kubernetes.routes", "SYNC_SECONDS", "s", "a worker waits for all routes before it serves"),
+    ("control.kubernetes.routes", "MAX_ROUTE_BYTES", "bytes", "largest route; a larger one is refused"),
+    ("control.kubernetes.routes", "MAX_TOKENS", "keys", "of one instance, older ones that still work included"),
+)
+
 
 def reference_page() -> str:
     """The whole page."""
@@ -177,6 +192,12 @@ def reference_page() -> str:
         "| bound | value | |",
         "| --- | --- | --- |",
         *_bounds(CONTROL_BOUNDS),
+        "",
+        "With Kubernetes:",
+        "",
+        "| bound | value | |",
+        "| --- | --- | --- |",
+        *_bounds(KUBERNETES_BOUNDS),
         "",
     ]
     return "\n".join(lines)

@@ -153,6 +153,8 @@ def run(
             settings = ensure_secret_key(settings)
             if settings.control.enabled:
                 _prepare_control_plane(settings)
+            if settings.cluster.enabled:
+                _prepare_cluster(settings)
             shared = _shared_state(settings)
             stack.callback(shared.close)
             return _Supervisor(
@@ -196,6 +198,24 @@ def _check_tls(settings: Settings) -> None:
         from redisgate import tls
 
         tls.load_context(tls.pairs(settings))
+
+
+def _prepare_cluster(settings: Settings) -> None:
+    """Import what the workers need to follow a cluster, and see that the settings lead to one; it may be away.
+
+    Raises:
+        StartError: they do not, or the packages for it are missing.
+    """
+    try:
+        from control.kubernetes import routes
+    except ModuleNotFoundError as error:
+        raise StartError(
+            f"kubernetes needs packages of its own ({error}): pip install 'redisgate[kubernetes]'"
+        ) from error
+    try:
+        routes.check(settings)
+    except routes.NotConfigured as error:
+        raise StartError(f"{error}; name a kubeconfig by REDISGATE_KUBECONFIG, or run in a pod") from error
 
 
 def _complain(message: str) -> None:

@@ -139,6 +139,13 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
         from control.plane import Plane
 
         plane = Plane(settings, access, shared, index)
+    follower = None
+    if settings.cluster.enabled:
+        from control.kubernetes.routes import RouteFollower
+
+        follower = RouteFollower(settings, access, shared, index)
+        if plane is not None:
+            plane.follow(follower)
     gateway = Gateway(settings, access, tokens, plane.http if plane is not None else None)
     http = make_http_server(gateway, settings)
     tracing = trace(http, gateway, settings, index)
@@ -160,6 +167,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     gc.freeze()
     if plane is not None:
         await plane.start()
+    if follower is not None:
+        await follower.start()
     publisher = None
     shown = board.current()
     if shown is not None:
@@ -182,6 +191,8 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     if left:
         log.warning("worker %d cut off %d connections after %g s", index, left, settings.limits.drain_timeout)
     heartbeat.stop()
+    if follower is not None:
+        await follower.stop()
     if plane is not None:
         await plane.stop(PLANE_STOP_SECONDS)
     capacity.stop()

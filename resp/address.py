@@ -22,6 +22,8 @@ class Address:
     database: int = 0
     ca_file: str | None = None
     """Certificate authorities to trust instead of the system's."""
+    ca: str | None = field(default=None, repr=False)
+    """The same as text (PEM), beside the file's."""
     cert_file: str | None = None
     key_file: str | None = None
     server_name: str | None = None
@@ -51,7 +53,7 @@ class Address:
         Raises:
             OSError: a file cannot be read, or holds no certificate.
         """
-        context = ssl.create_default_context(cafile=self.ca_file)
+        context = ssl.create_default_context(cafile=self.ca_file, cadata=self.ca)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if not self.verify:
             context.check_hostname = False

@@ -51,6 +51,12 @@ class Spec:
     """As it was recorded last."""
     process: Mapping[str, Any] | None = None
     """As it was recorded last."""
+    organization_id: UUID | None = None
+    slug: str = ""
+    label: str = ""
+    """Its name under the base domain."""
+    cpu_request: str | None = None
+    memory_request: str | None = None
 
 
 @dataclass(frozen=True)

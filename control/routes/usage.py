@@ -275,7 +275,8 @@ async def _ask(request: ApiRequest, row: Any) -> dict[str, Any]:
     loaded: Instance | None = access.instances.get(str(row["id"])) if access is not None else None
     try:
         async with asyncio.timeout(HEALTH_SECONDS):
-            ping, sample = await usage.look_at(row, request.context.encryption, loaded)
+            routes = request.context.extra.get("kubernetes.routes")
+            ping, sample = await usage.look_at(row, request.context.encryption, loaded, routes)
     except TimeoutError:
         return {"reachable": False, "problem": f"no answer within {HEALTH_SECONDS:g} s"}
     except (RespError, ValueError) as error:

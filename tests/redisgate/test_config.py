@@ -150,6 +150,8 @@ OTHER_VALUES: dict[str, tuple[Any, Any, Any]] = {  # in the file, in the variabl
     "trace_endpoint": ("http://a:4318", "https://b", "http://c/v1"),
     "log_keys": (True, "false", "true"),
     **dict.fromkeys(("access_log_sample", "trace_ratio"), (0.5, "0.25", "0.75")),
+    "kubernetes": ("on", "off", "on"),
+    **dict.fromkeys(("kubeconfig", "kubernetes_context", "kubernetes_namespace", "kubernetes_watch"), ("a", "b", "c")),
 }
 
 

@@ -1,0 +1,985 @@
+"""The operator: lets the cluster have what each RedisHttpInstance asks for, and says in its status how far that is.
+
+One reconciliation reads the newest state, plans (plan.py), applies what differs and looks at the result. It remembers
+nothing that it could not find again: it may be killed between any two calls, and the next one finishes. What must not
+happen twice (a password, an API key) is a Secret that is created and never written over; a new password is a Secret of
+its own, the next generation.
+
+What lies in another namespace than its resource is found by labels and removed by our finalizer, which also sees that
+pods are gone before their volume claims, and claims before the resource.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import secrets
+import tempfile
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Final
+
+import redisgate
+from control.kubernetes import plan as planning
+from control.kubernetes.apply import OWNER_LABEL, Applier, BeingDeleted, NotOwned
+from control.kubernetes.client import (
+    CRON_JOBS,
+    DEPLOYMENTS,
+    DISRUPTION_BUDGETS,
+    INGRESSES,
+    INSTANCES,
+    JOBS,
+    NAMESPACES,
+    NETWORK_POLICIES,
+    PODS,
+    SECRETS,
+    SERVICES,
+    STATEFUL_SETS,
+    VOLUME_CLAIMS,
+    Forbidden,
+    Invalid,
+    KubernetesClient,
+    KubernetesError,
+    NotFound,
+    Object,
+    Resource,
+    key_of,
+    resource_of,
+)
+from control.kubernetes.lease import Lease
+from control.kubernetes.plan import (
+    ADDRESS_ANNOTATION,
+    FINALIZER,
+    MANAGED_LABEL,
+    MANAGER,
+    NAME_LABEL,
+    NAMESPACE_LABEL,
+    PORT,
+    Login,
+    Observed,
+    OperatorSettings,
+    Plan,
+    Problem,
+    decode,
+    home,
+    make_plan,
+)
+from control.kubernetes.queue import WorkQueue
+from control.kubernetes.redis import LoginLost, Running, Unreachable, adjust
+from control.kubernetes.reflector import DELETED, Reflector
+from control.kubernetes.spec import Instance, SpecError, quantity, read_instance, seconds
+from control.provisioners import ADMIN_USER
+from resp.address import Address
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str]
+Adjust = Callable[[Sequence[Address], Mapping[str, list[str]], Mapping[str, str]], Awaitable[Running]]
+
+LEASE: Final = "redisgate-operator"
+FOREIGN_SECONDS: Final = 60.0
+"""Between two looks at Secrets that others made (certificates, passwords, keys to a bucket): they tell us nothing."""
+WAIT_SECONDS: Final = 0.5
+"""Between two looks at something that is to go, where no watch tells."""
+REACH_SECONDS: Final = 2.0
+"""Between two attempts to reach a Redis that is ready and does not answer."""
+TOKEN_BYTES: Final = 32
+"""Of passwords and API keys."""
+CHILDREN: Final = (
+    SECRETS,
+    SERVICES,
+    STATEFUL_SETS,
+    DEPLOYMENTS,
+    NETWORK_POLICIES,
+    DISRUPTION_BUDGETS,
+    VOLUME_CLAIMS,
+    CRON_JOBS,
+    JOBS,
+    INGRESSES,
+)
+"""What is watched. Namespaces are too, where the operator serves all."""
+WITH_THE_GATEWAY: Final = (SECRETS, INGRESSES)
+WHAT_LIES_APART: Final = (CRON_JOBS, JOBS, SERVICES, NETWORK_POLICIES, DISRUPTION_BUDGETS, SECRETS)
+"""Of an instance in a namespace of its own, where no owner reference does it."""
+
+
+@dataclass(frozen=True)
+class _Condition:
+    status: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class _Health:
+    """Of the pods."""
+
+    ready: int
+    settled: bool
+    """Nothing is being rolled out, as far as the controller of the pods has told."""
+    state: str
+    """Changes with each start of a pod that we can see."""
+
+
+class Operator:
+    """`run()` it. `namespace` is the only one served, None: all. With `lease`, one of several replicas works."""
+
+    def __init__(
+        self,
+        client: KubernetesClient,
+        settings: OperatorSettings,
+        *,
+        namespace: str | None = None,
+        lease: Lease | None = None,
+        adjust: Adjust = adjust,
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._namespace = namespace
+        self._lease = lease
+        self._adjust = adjust
+        self._applier = Applier(client, MANAGER)
+        self._queue: WorkQueue[Key] = WorkQueue(self._reconcile)
+        self._instances = Reflector(client, INSTANCES, namespace=namespace)
+        ours = f"{MANAGED_LABEL}={MANAGER}"
+        self._children = [Reflector(client, resource, namespace=namespace, labels=ours) for resource in CHILDREN]
+        if namespace is None:
+            self._children.append(Reflector(client, NAMESPACES, labels=ours))
+        elif namespace != settings.gateway_namespace:
+            self._children += [
+                Reflector(client, resource, namespace=settings.gateway_namespace, labels=ours)
+                for resource in WITH_THE_GATEWAY
+            ]
+        self._instances.subscribe(self._heard_of_instance)
+        self._applier.watch(*self._children)
+        for reflector in self._children:
+            reflector.subscribe(self._heard_of_child)
+        # by uid of the resource: what there is of it, as the reflectors keep it
+        self._owned: dict[str, dict[tuple[Resource, Key], Object]] = {}
+        # by host: who claims it
+        self._claims: dict[str, dict[str, tuple[tuple[str, str], str, Key]]] = {}
+        self._claimed: dict[Key, list[str]] = {}
+        # by uid: what the running Redis was told, and what it said
+        self._told: dict[str, tuple[str, Running]] = {}
+        # certificates of authorities, as files, which is how a TLS context takes them
+        self._authorities_folder = Path()
+
+    @property
+    def synced(self) -> bool:
+        """Whether everything has been read once."""
+        return all(reflector.synced.is_set() for reflector in (self._instances, *self._children))
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        with tempfile.TemporaryDirectory(prefix="redisgate-") as folder:
+            self._authorities_folder = Path(folder)
+            async with asyncio.TaskGroup() as group:
+                for reflector in (self._instances, *self._children):
+                    group.create_task(reflector.run())
+                if self._lease is None:
+                    await self._work()
+                else:
+                    await self._lease.run(self._work)
+
+    async def _work(self) -> None:
+        for reflector in (self._instances, *self._children):
+            await reflector.synced.wait()
+        log.info("%d instances are looked after", len(self._instances.store))
+        for key in self._instances.store:
+            self._queue.add(key)
+        await self._queue.run()
+
+    # What is heard
+
+    def _heard_of_instance(self, kind: str, item: Object, before: Object | None) -> None:
+        key, uid = key_of(item), item["metadata"]["uid"]
+        hosts: list[str] = []
+        if kind == DELETED:
+            self._told.pop(uid, None)
+        else:
+            with contextlib.suppress(SpecError):
+                instance = read_instance(item)
+                hosts = [*instance.spec.gateway.hosts, f"{instance.label}.{self._settings.base_domain}"]
+        former = self._claimed.pop(key, [])
+        for host in former:
+            claims = self._claims[host]
+            claims.pop(uid, None)
+            if not claims:
+                del self._claims[host]
+        for host in hosts:
+            self._claims.setdefault(host, {})[uid] = (instance.age, uid, key)
+        if hosts:
+            self._claimed[key] = hosts
+        for host in set(former) ^ set(hosts):
+            for _, _, other in self._claims.get(host, {}).values():
+                self._queue.add(other)
+        self._queue.add(key)
+
+    def _heard_of_child(self, kind: str, item: Object, before: Object | None) -> None:
+        labels = item["metadata"].get("labels") or {}
+        uid, resource = labels.get(OWNER_LABEL, ""), resource_of(item)
+        owned = self._owned.setdefault(uid, {})
+        if kind == DELETED:
+            owned.pop((resource, key_of(item)), None)
+        else:
+            owned[resource, key_of(item)] = item
+        if not owned:
+            del self._owned[uid]
+        if NAME_LABEL in labels:
+            self._queue.add((labels.get(NAMESPACE_LABEL, ""), labels[NAME_LABEL]))
+
+    def _all_of(self, instance: Instance, resource: Resource) -> list[Object]:
+        return [item for (kind, _), item in self._owned.get(instance.uid, {}).items() if kind == resource]
+
+    # One reconciliation
+
+    async def _reconcile(self, key: Key) -> float | None:
+        item = self._instances.store.get(key)
+        if item is None:
+            return None
+        try:
+            instance = read_instance(item)
+        except SpecError as error:
+            problem = Problem("Ready", "InvalidSpec", str(error))
+            await self._write_refusal(item, problem)
+            return None
+        if instance.deleting:
+            return await self._finalize(item, instance)
+        if FINALIZER not in instance.finalizers:
+            item = await self._set_finalizers(item, (*instance.finalizers, FINALIZER))
+            instance = read_instance(item)
+        try:
+            return await self._bring_about(item, instance)
+        except (NotOwned, BeingDeleted) as error:
+            reason = "NameTaken" if isinstance(error, NotOwned) else "WaitingForDeletion"
+            await self._write_refusal(item, Problem("Ready", reason, str(error)))
+            raise
+        except (Invalid, Forbidden) as error:
+            await self._write_refusal(item, Problem("Ready", "RefusedByCluster", str(error)))
+            raise
+        except NotFound as error:
+            await self._write_refusal(item, Problem("Ready", "MissingInCluster", str(error)))
+            raise
+
+    async def _set_finalizers(self, item: Object, finalizers: tuple[str, ...]) -> Object:
+        """Only if nobody has changed the object meanwhile."""
+        namespace, name = key_of(item)
+        version = item["metadata"]["resourceVersion"]
+        patch = {"metadata": {"finalizers": list(finalizers), "resourceVersion": version}}
+        return await self._client.merge(INSTANCES, name, namespace, patch, field_manager=MANAGER)
+
+    async def _bring_about(self, item: Object, instance: Instance) -> float | None:
+        if self._namespace is not None and home(instance) != instance.namespace:
+            problem = Problem("Ready", "NamespaceRefused", "this operator serves one namespace: it makes no others")
+            await self._write_refusal(item, problem)
+            return None
+        refused = make_plan(instance, self._settings, Observed()).refusal
+        if refused is not None:
+            await self._write_refusal(item, refused)
+            return None
+        problems: list[Problem] = []
+        foreign = await self._read_foreign(instance, problems)
+        if home(instance) != instance.namespace:
+            await self._apply(make_plan(instance, self._settings, Observed()).objects[:1], instance)
+        hosts, refused_hosts = self._hosts(instance)
+        logins, next_time = await self._logins(instance, foreign, problems)
+        tokens = await self._keys(instance, hosts)
+        tls = foreign.get(planning.tls_secret_name(instance) or "", {})
+        observed = Observed(
+            logins=logins,
+            token=tokens.get("token", ""),
+            readonly_token=tokens.get("readonly-token", ""),
+            hosts=hosts,
+            refused_hosts=refused_hosts,
+            copies=foreign if home(instance) != instance.namespace else {},
+            tls_digest=_digest_of(tls),
+            tls_ca=decode(tls).get("ca.crt"),
+            address=self._address(instance),
+        )
+        plan = make_plan(instance, self._settings, observed)
+        if plan.refusal is not None:
+            await self._write_refusal(item, plan.refusal)
+            return None
+        problems += plan.problems
+        plan = await self._grow(instance, plan, problems)
+        routes = [child for child in plan.objects if child.get("type") == planning.ROUTE_TYPE]
+        await self._apply([child for child in plan.objects if child not in routes], instance)
+        for resource, namespace, name in plan.absent:
+            if self._applier.find(resource, name, namespace) is not None:
+                await self._applier.delete(resource, name, namespace, instance.uid)
+        health = self._health(instance)
+        running, trouble = await self._tell(instance, observed, health)
+        if trouble is not None:
+            problems.append(trouble)
+        # A new password is used when Redis knows it: until then the gateway goes on with the former one.
+        for route in routes:
+            namespace, name = key_of(route)
+            if running is not None or self._applier.find(SECRETS, name, namespace) is None:
+                await self._applier.apply(route, instance.uid)
+        await self._write_status(item, instance, observed, health, running, problems)
+        waits = [next_time] if next_time is not None else []
+        if foreign or instance.spec.auth.existing_secret or instance.spec.tls is not None:
+            waits.append(FOREIGN_SECONDS)
+        if trouble is not None:
+            waits.append(REACH_SECONDS)
+        return min(waits, default=None)
+
+    async def _apply(self, children: list[Object], instance: Instance) -> None:
+        """All together; the namespace that the others need comes first."""
+        first = [child for child in children if child["kind"] == "Namespace"]
+        for child in first:
+            await self._applier.apply(child, instance.uid)
+        rest = [child for child in children if child["kind"] != "Namespace"]
+        results = await asyncio.gather(
+            *(self._applier.apply(child, instance.uid) for child in rest), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _hosts(self, instance: Instance) -> tuple[tuple[str, ...], dict[str, str]]:
+        others = {
+            host: [(age, uid, "/".join(key)) for age, uid, key in self._claims.get(host, {}).values()]
+            for host in instance.spec.gateway.hosts
+        }
+        return planning.claim_hosts(instance, others, self._settings.base_domain)
+
+    def _address(self, instance: Instance) -> tuple[str, int] | None:
+        """Where it is, if we are outside of the cluster and somebody has opened a way."""
+        service = (
+            self._applier.find(SERVICES, instance.name, home(instance)) if self._settings.outside_cluster else None
+        )
+        text = ((service or {}).get("metadata", {}).get("annotations") or {}).get(ADDRESS_ANNOTATION, "")
+        host, _, port = text.rpartition(":")
+        return (host, int(port)) if host and port.isdecimal() else None
+
+    # Secrets
+
+    async def _read_foreign(self, instance: Instance, problems: list[Problem]) -> dict[str, Object]:
+        """Secrets beside the resource that it names, by name; those that are not there are problems."""
+        spec, found = instance.spec, {}
+        wanted: dict[str, tuple[str, str]] = {}
+        if spec.tls is not None and spec.tls.secret_name is not None:
+            wanted[spec.tls.secret_name] = ("TLSReady", "spec.tls.secretName")
+        if spec.backup is not None:
+            wanted[spec.backup.s3.credentials_secret] = ("BackupHealthy", "spec.backup.s3.credentialsSecret")
+        if spec.bootstrap is not None:
+            wanted[spec.bootstrap.s3.credentials_secret] = ("Degraded", "spec.bootstrap.s3.credentialsSecret")
+        for name, (condition, field) in wanted.items():
+            try:
+                found[name] = await self._client.get(SECRETS, name, instance.namespace)
+            except NotFound:
+                text = f"{field}: there is no Secret {name} in namespace {instance.namespace}"
+                problems.append(Problem(condition, "SecretMissing", text))
+        if spec.tls is not None and spec.tls.secret_name is None:
+            name = planning.tls_secret_name(instance) or ""
+            try:
+                found[name] = await self._client.get(SECRETS, name, home(instance))
+            except NotFound:
+                problems.append(
+                    Problem("TLSReady", "CertificatePending", f"cert-manager has not made Secret {name} yet")
+                )
+        return found
+
+    async def _logins(
+        self, instance: Instance, foreign: Mapping[str, Object], problems: list[Problem]
+    ) -> tuple[tuple[Login, ...], float | None]:
+        """The passwords that are good now, the newest first, and in how many seconds that changes."""
+        auth = instance.spec.auth
+        given = await self._given_password(instance, problems)
+        given_missing = auth.existing_secret is not None and given is None
+        known = sorted(
+            (_login_of(secret) for secret in self._all_of(instance, SECRETS) if _is_login(secret)),
+            key=lambda login: -login.generation,
+        )
+        if not known:
+            if given_missing:
+                return (), None
+            known = [await self._new_login(instance, 1, given)]
+        current, age = known[0], _age(known[0].created)
+        trigger = auth.rotation.trigger or ""
+        every = seconds(auth.rotation.every, "spec.auth.rotation.every") if auth.rotation.every else None
+        if (
+            (given is not None and given != current.password)
+            or (auth.existing_secret is None and every is not None and age >= every)
+            or (auth.existing_secret is None and trigger and trigger != self._trigger(instance, current))
+        ):
+            current = await self._new_login(instance, current.generation + 1, given)
+            known.insert(0, current)
+            age = 0.0
+            await self._event(instance, "Normal", "CredentialsRotated", f"generation {current.generation} is in use")
+        overlap = seconds(auth.rotation.overlap, "spec.auth.rotation.overlap")
+        good = known[:2] if age < overlap else known[:1]
+        for login in known[len(good) :]:
+            await self._applier.delete(SECRETS, login.secret_name, home(instance), instance.uid)
+        waits = []
+        if len(good) > 1:
+            waits.append(overlap - age)
+        if every is not None and auth.existing_secret is None:
+            waits.append(every - age)
+        return tuple(good), max(min(waits), 0.05) if waits else None
+
+    async def _given_password(self, instance: Instance, problems: list[Problem]) -> str | None:
+        name = instance.spec.auth.existing_secret
+        if name is None:
+            return None
+        try:
+            password = decode(await self._client.get(SECRETS, name, instance.namespace)).get("password", "")
+        except NotFound:
+            password = ""
+        if not password or any(character.isspace() for character in password):
+            text = f"spec.auth.existingSecret: Secret {name} has no key `password`, or one with blanks"
+            problems.append(Problem("CredentialsReady", "SecretMissing", text))
+            return None
+        return password
+
+    def _trigger(self, instance: Instance, login: Login) -> str:
+        secret = self._applier.find(SECRETS, login.secret_name, home(instance)) or {}
+        annotations = secret.get("metadata", {}).get("annotations") or {}
+        return str(annotations.get("redisgate.io/trigger", instance.spec.auth.rotation.trigger or ""))
+
+    async def _new_login(self, instance: Instance, generation: int, given: str | None) -> Login:
+        """Made by POST alone: of two operators, or one that was killed, the first one's stays."""
+        secret = planning.login_secret(
+            instance,
+            generation,
+            given or secrets.token_urlsafe(TOKEN_BYTES),
+            secrets.token_urlsafe(TOKEN_BYTES),
+            instance.spec.auth.rotation.trigger or "",
+        )
+        return _login_of(await self._applier.create(secret, instance.uid))
+
+    async def _keys(self, instance: Instance, hosts: tuple[str, ...]) -> dict[str, str]:
+        """The API keys: made once, then whatever stands in the Secret. Only its address follows the resource."""
+        url = planning.url_of(instance, self._settings, hosts)
+        secret = await self._applier.create(
+            planning.key_secret(instance, secrets.token_urlsafe(TOKEN_BYTES), secrets.token_urlsafe(TOKEN_BYTES), url),
+            instance.uid,
+        )
+        data = decode(secret)
+        if data.get("url") != url:
+            patch = {"metadata": {"uid": secret["metadata"]["uid"]}, "data": planning.encode({"url": url})}
+            name = planning.key_name(instance)
+            await self._client.merge(SECRETS, name, instance.namespace, patch, field_manager=MANAGER)
+        return data
+
+    # Volumes
+
+    async def _grow(self, instance: Instance, plan: Plan, problems: list[Problem]) -> Plan:
+        """Claims first, then the StatefulSet without its pods, whose templates of claims cannot change. Before anything
+        looks at the health of the pods: a full volume makes them unhealthy, and must be allowed to grow."""
+        live = self._applier.find(STATEFUL_SETS, instance.name, home(instance))
+        wanted = next((child for child in plan.objects if child["kind"] == "StatefulSet"), None)
+        persistence = instance.spec.persistence
+        if live is None or wanted is None or persistence is None:
+            return plan
+        live_claim, claim = live["spec"]["volumeClaimTemplates"][0], wanted["spec"]["volumeClaimTemplates"][0]
+        if _size(live_claim) == _size(claim) and live_claim["metadata"].get("labels") == claim["metadata"].get(
+            "labels"
+        ):
+            return plan
+        keep = replace(plan, objects=[_with_claim(child, live_claim) for child in plan.objects])
+        if _size(live_claim) < _size(claim) and persistence.resize_policy == "Manual":
+            text = f"resizePolicy is Manual: grow the volume claims of {instance.name} to {persistence.size} yourself"
+            if any(_size(each) < _size(claim) for each in self._all_of(instance, VOLUME_CLAIMS)):
+                problems.append(Problem("StorageReady", "ResizeIsManual", text))
+                return keep
+        for name in planning.claim_names(instance):
+            found = await self._get(VOLUME_CLAIMS, name, home(instance))
+            if found is None or _size(found) >= _size(claim):
+                continue
+            patch = {
+                "metadata": {"uid": found["metadata"]["uid"]},
+                "spec": {"resources": {"requests": {"storage": persistence.size}}},
+            }
+            try:
+                await self._client.merge(VOLUME_CLAIMS, name, home(instance), patch, field_manager=MANAGER)
+            except (Invalid, Forbidden) as error:
+                problems.append(Problem("StorageReady", "ResizeRefused", str(error)))
+                return keep
+            await self._event(instance, "Normal", "Resizing", f"{name} grows to {persistence.size}")
+        if not await self._applier.delete(STATEFUL_SETS, instance.name, home(instance), instance.uid, "Orphan"):
+            raise BeingDeleted(f"StatefulSet {instance.name} is being replaced; its pods stay")
+        return plan
+
+    async def _get(self, resource: Resource, name: str, namespace: str) -> Object | None:
+        try:
+            return await self._client.get(resource, name, namespace or None)
+        except NotFound:
+            return None
+
+    # The running server
+
+    def _health(self, instance: Instance) -> _Health:
+        kind = STATEFUL_SETS if instance.spec.persistence is not None else DEPLOYMENTS
+        live = self._applier.find(kind, instance.name, home(instance)) or {}
+        status = live.get("status") or {}
+        ready = int(status.get("readyReplicas") or 0)
+        current = status.get("observedGeneration", 0) >= live.get("metadata", {}).get("generation", 1)
+        updated = status.get("updatedReplicas", ready if not status.get("updateRevision") else 0)
+        settled = current and ready == instance.spec.pods and (updated or 0) >= instance.spec.pods
+        marks = [
+            live.get("metadata", {}).get("uid"),
+            *(status.get(name) for name in ("currentRevision", "updateRevision")),
+        ]
+        return _Health(ready, settled, str(marks))
+
+    async def _tell(
+        self, instance: Instance, observed: Observed, health: _Health
+    ) -> tuple[Running | None, Problem | None]:
+        """Let the running Redis have the users and settings of its files; what it is, None if it does not run."""
+        if health.ready == 0 or not observed.logins:
+            self._told.pop(instance.uid, None)
+            return None, None
+        users = planning.users_of(observed.logins)
+        config = {
+            key: value for key, value in planning.server_config(instance).items() if key not in planning.START_ONLY
+        }
+        host, port = observed.address or (planning.service_host(instance, self._settings), PORT)
+        mark = _digest([users, config, health.state, host, port])
+        known = self._told.get(instance.uid)
+        if known is not None and known[0] == mark:
+            return known[1], _refused_settings(known[1])
+        addresses = [
+            Address(
+                host=host,
+                port=port,
+                tls=instance.spec.tls is not None,
+                username=ADMIN_USER,
+                password=login.admin_password,
+                ca_file=self._authority(observed.tls_ca),
+                delegated=True,
+            )
+            for login in observed.logins
+        ]
+        try:
+            running = await self._adjust(addresses, users, config)
+        except LoginLost as error:
+            text = f"{error}: its Secret was lost. Delete pod {instance.name}-0, so that it starts with the new ones"
+            return None, Problem("CredentialsReady", "LoginLost", text)
+        except Unreachable as error:
+            return None, Problem("Degraded", "Unreachable", str(error))
+        self._told[instance.uid] = (mark, running)
+        return running, _refused_settings(running)
+
+    def _authority(self, pem: str | None) -> str | None:
+        if pem is None:
+            return None
+        path = self._authorities_folder / f"{hashlib.sha256(pem.encode()).hexdigest()[:32]}.pem"
+        if not path.exists():
+            path.write_text(pem)
+        return str(path)
+
+    # The end
+
+    async def _finalize(self, item: Object, instance: Instance) -> float | None:
+        if FINALIZER not in instance.finalizers:
+            return None
+        uid, policy = instance.uid, instance.spec.deletion_policy
+        for resource in WITH_THE_GATEWAY:  # nobody is let in from now on
+            name = planning.route_name(instance)
+            await self._applier.delete(resource, name, self._settings.gateway_namespace, uid)
+        if policy == "BackupThenDelete" and not await self._is_backed_up(item, instance):
+            return WAIT_SECONDS
+        for resource in (STATEFUL_SETS, DEPLOYMENTS):
+            if not await self._applier.delete(resource, instance.name, home(instance), uid):
+                return WAIT_SECONDS
+        pods = await self._client.list_all(PODS, home(instance), labels=f"{OWNER_LABEL}={uid}")
+        if any((pod["metadata"].get("labels") or {}).get(planning.COMPONENT_LABEL) == "redis" for pod in pods):
+            return WAIT_SECONDS
+        apart = home(instance) != instance.namespace
+        claims = await self._client.list_all(VOLUME_CLAIMS, home(instance), labels=f"{OWNER_LABEL}={uid}")
+        if policy != "Retain":
+            gone = [
+                await self._applier.delete(VOLUME_CLAIMS, claim["metadata"]["name"], home(instance), uid)
+                for claim in claims
+            ]
+            if not all(gone):
+                return WAIT_SECONDS
+        if apart and (policy != "Retain" or not claims):
+            if not await self._applier.delete(NAMESPACES, home(instance), "", uid):
+                return WAIT_SECONDS
+        elif apart:
+            for resource in WHAT_LIES_APART:
+                for child in await self._client.list_all(resource, home(instance), labels=f"{OWNER_LABEL}={uid}"):
+                    await self._applier.delete(resource, child["metadata"]["name"], home(instance), uid)
+        rest = tuple(name for name in instance.finalizers if name != FINALIZER)
+        with contextlib.suppress(NotFound):
+            await self._set_finalizers(item, rest)
+        self._told.pop(uid, None)
+        return None
+
+    async def _is_backed_up(self, item: Object, instance: Instance) -> bool:
+        name = f"{instance.name}-final-backup"
+        job = await self._get(JOBS, name, home(instance))
+        if job is None:
+            if self._health(instance).ready == 0:
+                text = "BackupThenDelete needs a running Redis: resume it, or set deletionPolicy to Delete or Retain"
+                await self._write_refusal(item, Problem("Ready", "FinalBackupImpossible", text))
+                return False
+            logins = sorted(
+                (_login_of(secret) for secret in self._all_of(instance, SECRETS) if _is_login(secret)),
+                key=lambda login: -login.generation,
+            )
+            tls = await self._get(SECRETS, planning.tls_secret_name(instance) or "-", home(instance)) or {}
+            observed = Observed(logins=tuple(logins), tls_ca=decode(tls).get("ca.crt"), address=self._address(instance))
+            await self._applier.create(planning.final_backup(instance, self._settings, observed), instance.uid)
+            return False
+        conditions = {each["type"]: each for each in (job.get("status") or {}).get("conditions") or ()}
+        if (conditions.get("Complete") or {}).get("status") == "True":
+            return True
+        if (conditions.get("Failed") or {}).get("status") == "True":
+            text = f"Job {name}: {conditions['Failed'].get('message') or 'it failed'}; delete the Job to try again,"
+            text += " or set deletionPolicy to Delete or Retain"
+            await self._write_refusal(item, Problem("Ready", "FinalBackupFailed", text))
+        else:
+            await self._write_refusal(item, Problem("Ready", "FinalBackup", f"Job {name} makes the last backup"))
+        return False
+
+    # Status
+
+    async def _write_refusal(self, item: Object, problem: Problem) -> None:
+        """Of something that stands in the way of everything; what was observed before stays as it is told."""
+        instance_generation = item["metadata"].get("generation", 1)
+        before = {each["type"]: each for each in (item.get("status") or {}).get("conditions") or ()}
+        conditions = {"Ready": _Condition(False, problem.reason, problem.message)}
+        waiting = problem.reason in ("WaitingForDeletion", "FinalBackup")
+        conditions["Progressing"] = _Condition(waiting, problem.reason, problem.message)
+        if not waiting:
+            conditions["Degraded"] = _Condition(True, problem.reason, problem.message)
+        # the others as they are: an apply that leaves them out would remove them
+        kept = [each for kind, each in before.items() if kind not in conditions and kind != "RouteProgrammed"]
+        status = {key: value for key, value in (item.get("status") or {}).items() if key != "conditions"}
+        status |= {
+            "observedGeneration": instance_generation,
+            "operatorVersion": redisgate.__version__,
+            "conditions": [*_rendered(conditions, before, instance_generation), *kept],
+        }
+        await self._put_status(item, status)
+
+    async def _write_status(
+        self,
+        item: Object,
+        instance: Instance,
+        observed: Observed,
+        health: _Health,
+        running: Running | None,
+        problems: list[Problem],
+    ) -> None:
+        spec, pods = instance.spec, instance.spec.pods
+        by_condition: dict[str, list[Problem]] = {}
+        for problem in problems:
+            by_condition.setdefault(problem.condition, []).append(problem)
+        conditions = self._conditions(instance, observed, health, running, by_condition)
+        before = {each["type"]: each for each in (item.get("status") or {}).get("conditions") or ()}
+        host, port = observed.address or (planning.service_host(instance, self._settings), PORT)
+        status: Object = {
+            "observedGeneration": instance.generation,
+            "operatorVersion": redisgate.__version__,
+            "replicas": pods,
+            "readyReplicas": health.ready,
+            "pods": f"{health.ready}/{pods}",
+            "selector": ",".join(f"{key}={value}" for key, value in planning.selector_of(instance).items()),
+            "namespace": home(instance),
+            "endpoints": {
+                "http": planning.url_of(instance, self._settings, observed.hosts),
+                "redis": f"{'rediss' if spec.tls is not None else 'redis'}://{host}:{port}",
+            },
+            "conditions": _rendered(conditions, before, instance.generation),
+        }
+        if health.ready and spec.persistence is not None:
+            status["primary"] = f"{instance.name}-0"
+        if running is not None and running.version:
+            status["version"] = running.version
+        elif version := (item.get("status") or {}).get("version"):
+            status["version"] = version
+        if observed.logins:
+            current = observed.logins[0]
+            status["credentials"] = {
+                "secretName": current.secret_name,
+                "generation": current.generation,
+                "rotatedAt": current.created,
+            }
+            if len(observed.logins) > 1:
+                overlap = timedelta(seconds=seconds(spec.auth.rotation.overlap))
+                status["credentials"]["previousValidUntil"] = _stamp(_moment(current.created) + overlap)
+        if spec.persistence is not None:
+            status["storage"] = self._storage(instance)
+        if spec.backup is not None:
+            status["backup"] = self._backups(instance)
+        await self._put_status(item, status)
+
+    def _conditions(
+        self,
+        instance: Instance,
+        observed: Observed,
+        health: _Health,
+        running: Running | None,
+        problems: Mapping[str, list[Problem]],
+    ) -> dict[str, _Condition]:
+        spec, pods = instance.spec, instance.spec.pods
+
+        def unless_problem(condition: str, reason: str, message: str) -> _Condition:
+            found = problems.get(condition)
+            if not found:
+                return _Condition(True, reason, message)
+            return _Condition(False, found[0].reason, "; ".join(problem.message for problem in found))
+
+        where = "there is no password yet"
+        if observed.logins:
+            where = f"the password is in Secret {observed.logins[0].secret_name},"
+            where += f" the API keys are in {planning.key_name(instance)}"
+        accepted = "Accepted" if running is not None else "Created"
+        conditions = {"CredentialsReady": unless_problem("CredentialsReady", accepted, where)}
+        if pods == 0:
+            why = "spec.suspend is set" if spec.suspend else "spec.replicas is 0"
+            conditions["Suspended"] = _Condition(True, "Suspended", f"{why}: no pod runs, and its data is kept")
+        else:
+            conditions["Suspended"] = _Condition(False, "Running", "it is to run")
+        if spec.persistence is not None:
+            conditions["StorageReady"] = self._storage_condition(instance, unless_problem)
+        if spec.tls is not None:
+            conditions["TLSReady"] = unless_problem("TLSReady", "CertificateThere", "the certificate is mounted")
+        if spec.backup is not None:
+            conditions["BackupHealthy"] = self._backup_condition(instance, unless_problem)
+        degraded = problems.get("Degraded")
+        conditions["Degraded"] = (
+            _Condition(True, degraded[0].reason, "; ".join(problem.message for problem in degraded))
+            if degraded
+            else _Condition(False, "AsExpected", "nothing is known to be wrong")
+        )
+        stands_in_the_way = [
+            (name, conditions[name])
+            for name in ("CredentialsReady", "TLSReady")
+            if name in conditions and not conditions[name].status
+        ]
+        unreachable = degraded is not None and any(problem.reason == "Unreachable" for problem in degraded)
+        if stands_in_the_way:
+            _, found = stands_in_the_way[0]
+            conditions["Ready"] = _Condition(False, found.reason, found.message)
+        elif pods == 0:
+            stopped = health.ready == 0
+            text = "it is suspended" if stopped else "its pod is being stopped"
+            conditions["Ready"] = _Condition(False, "Suspended", text)
+        elif health.ready < pods:
+            text = f"{health.ready} of {pods} pods are ready: kubectl describe pod -l {OWNER_LABEL}={instance.uid}"
+            conditions["Ready"] = _Condition(False, "PodsNotReady", text)
+        elif unreachable and degraded is not None:
+            conditions["Ready"] = _Condition(False, "Unreachable", degraded[0].message)
+        else:
+            conditions["Ready"] = _Condition(True, "Ready", "Redis answers")
+        ready = conditions["Ready"]
+        if health.settled and (ready.status or pods == 0):
+            conditions["Progressing"] = _Condition(False, "Settled", "everything is as the resource says")
+        else:
+            text = "the pods are brought to what the resource says"
+            conditions["Progressing"] = _Condition(True, "RollingOut", text)
+        return conditions
+
+    def _storage(self, instance: Instance) -> Object:
+        persistence = instance.spec.persistence
+        claims = self._all_of(instance, VOLUME_CLAIMS)
+        result: Object = {"requested": persistence.size if persistence is not None else ""}
+        capacities = [((claim.get("status") or {}).get("capacity") or {}).get("storage") for claim in claims]
+        if capacities and all(capacities):
+            result["capacity"] = min((str(each) for each in capacities), key=quantity)
+        result["resizing"] = [claim["metadata"]["name"] for claim in claims if _is_growing(claim)]
+        return result
+
+    def _storage_condition(self, instance: Instance, unless_problem: Callable[..., _Condition]) -> _Condition:
+        claims = self._all_of(instance, VOLUME_CLAIMS)
+        growing = [claim["metadata"]["name"] for claim in claims if _is_growing(claim)]
+        condition = unless_problem("StorageReady", "Bound", "the volume is as large as asked")
+        if not condition.status:
+            return condition
+        if growing:
+            return _Condition(False, "Resizing", f"{', '.join(growing)}: the volume grows")
+        if not claims:
+            return _Condition(False, "ClaimPending", "the volume claim is made with the first pod")
+        return condition
+
+    def _backups(self, instance: Instance) -> Object:
+        result: Object = {}
+        for schedule in self._all_of(instance, CRON_JOBS):
+            if done := (schedule.get("status") or {}).get("lastSuccessfulTime"):
+                result["lastSuccess"] = done
+        failures = [failed for job in self._all_of(instance, JOBS) if (failed := _failure(job)) is not None]
+        if failures:
+            result["lastFailure"], result["message"] = max(failures)
+        return result
+
+    def _backup_condition(self, instance: Instance, unless_problem: Callable[..., _Condition]) -> _Condition:
+        found = self._backups(instance)
+        if found.get("lastFailure", "") > found.get("lastSuccess", ""):
+            return _Condition(False, "BackupFailed", found.get("message") or "the last backup failed")
+        last = found.get("lastSuccess")
+        return unless_problem(
+            "BackupHealthy",
+            "BackedUp" if last else "Scheduled",
+            f"the last one is of {last}" if last else "none was due yet",
+        )
+
+    async def _put_status(self, item: Object, status: Object) -> None:
+        before = item.get("status") or {}
+        ours = {key: value for key, value in before.items() if key != "conditions"}
+        conditions = [each for each in before.get("conditions") or () if each["type"] != "RouteProgrammed"]
+        wanted = sorted(status["conditions"], key=lambda each: str(each["type"]))
+        if ours == {key: value for key, value in status.items() if key != "conditions"} and wanted == sorted(
+            conditions, key=lambda each: str(each["type"])
+        ):
+            return
+        with contextlib.suppress(NotFound):
+            await self._applier.apply_status(INSTANCES, item, status)
+        await self._tell_changes(item, {each["type"]: each for each in conditions}, wanted)
+
+    async def _tell_changes(self, item: Object, before: Mapping[str, Object], after: list[Object]) -> None:
+        """An event for each condition that has changed, as far as somebody should know."""
+        for condition in after:
+            kind, status = condition["type"], condition["status"]
+            known = before.get(kind, {})
+            if (known.get("status"), known.get("reason")) == (status, condition["reason"]):
+                continue
+            good = (status == "True") != (kind in ("Degraded", "Suspended", "Progressing"))
+            if kind in ("Ready", "BackupHealthy", "StorageReady", "TLSReady", "CredentialsReady"):
+                if good and not known and kind != "Ready":
+                    continue  # well from the beginning
+                warning = not good and condition["reason"] not in (
+                    "PodsNotReady",
+                    "Suspended",
+                    "ClaimPending",
+                    "Resizing",
+                    "WaitingForDeletion",
+                    "FinalBackup",
+                )
+                if not good and not warning and not known:
+                    continue  # as everything begins
+                await self._event_of(
+                    item, "Warning" if warning else "Normal", condition["reason"], condition["message"]
+                )
+            elif kind == "Degraded" and not good:
+                await self._event_of(item, "Warning", condition["reason"], condition["message"])
+
+    async def _event(self, instance: Instance, kind: str, reason: str, message: str) -> None:
+        item = self._instances.store.get(instance.key)
+        if item is not None:
+            await self._event_of(item, kind, reason, message)
+
+    async def _event_of(self, item: Object, kind: str, reason: str, message: str) -> None:
+        """For people who look at the resource; one that cannot be written is no reason to stop."""
+        namespace, name = key_of(item)
+        now = _stamp(datetime.now(UTC))
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{name}.{uuid.uuid4().hex[:16]}", "namespace": namespace},
+            "involvedObject": {
+                "apiVersion": INSTANCES.api_version,
+                "kind": INSTANCES.kind,
+                "name": name,
+                "namespace": namespace,
+                "uid": item["metadata"]["uid"],
+                "resourceVersion": item["metadata"]["resourceVersion"],
+            },
+            "type": kind,
+            "reason": reason,
+            "message": message[:1024],
+            "source": {"component": MANAGER},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        try:
+            await self._client.create(event, field_manager=MANAGER)
+        except KubernetesError as error:
+            log.warning("%s/%s: an event could not be written: %s", namespace, name, error)
+
+
+def _is_login(secret: Object) -> bool:
+    return (secret["metadata"].get("labels") or {}).get(planning.COMPONENT_LABEL) == "login"
+
+
+def _login_of(secret: Object) -> Login:
+    metadata, data = secret["metadata"], decode(secret)
+    return Login(
+        generation=int(metadata["labels"]["redisgate.io/generation"]),
+        secret_name=metadata["name"],
+        created=metadata["creationTimestamp"],
+        password=data["password"],
+        admin_password=data["admin-password"],
+    )
+
+
+def _refused_settings(running: Running) -> Problem | None:
+    if not running.refused:
+        return None
+    text = "; ".join(f"spec.config.{key}: {why}" for key, why in running.refused.items())
+    return Problem("Degraded", "SettingRefused", f"Redis goes on without: {text}")
+
+
+def _rendered(conditions: Mapping[str, _Condition], before: Mapping[str, Object], generation: int) -> list[Object]:
+    now = _stamp(datetime.now(UTC))
+    result = []
+    for kind, condition in conditions.items():
+        status, known = "True" if condition.status else "False", before.get(kind, {})
+        result.append(
+            {
+                "type": kind,
+                "status": status,
+                "reason": condition.reason,
+                "message": condition.message,
+                "observedGeneration": generation,
+                "lastTransitionTime": known["lastTransitionTime"] if known.get("status") == status else now,
+            }
+        )
+    return result
+
+
+def _size(claim: Object) -> Any:
+    return quantity(claim["spec"]["resources"]["requests"]["storage"])
+
+
+def _is_growing(claim: Object) -> bool:
+    capacity = ((claim.get("status") or {}).get("capacity") or {}).get("storage")
+    return capacity is not None and quantity(capacity) < _size(claim)
+
+
+def _with_claim(child: Object, claim: Object) -> Object:
+    """A StatefulSet whose template of claims is the one that there is: it cannot be another."""
+    if child["kind"] != "StatefulSet":
+        return child
+    wanted = child["spec"]["volumeClaimTemplates"][0]
+    kept = wanted | {"spec": wanted["spec"] | {"resources": claim["spec"]["resources"]}}
+    kept["metadata"] = {key: claim["metadata"][key] for key in ("name", "labels") if key in claim["metadata"]}
+    return child | {"spec": child["spec"] | {"volumeClaimTemplates": [kept]}}
+
+
+def _failure(job: Object) -> tuple[str, str] | None:
+    for condition in (job.get("status") or {}).get("conditions") or ():
+        if condition["type"] == "Failed" and condition["status"] == "True":
+            text = f"Job {job['metadata']['name']}: {condition.get('message') or condition.get('reason') or 'failed'}"
+            return condition.get("lastTransitionTime", ""), text
+    return None
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def _digest_of(secret: Object) -> str:
+    data = secret.get("data") or {}
+    return _digest(sorted(data.items()))[:16] if data else ""
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _age(text: str) -> float:
+    return (datetime.now(UTC) - _moment(text)).total_seconds()

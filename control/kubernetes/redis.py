@@ -1,0 +1,100 @@
+"""What the operator says to a running Redis: users and settings are changed without a restart.
+
+The same stands in the Secret that the pod mounts, for its next start. A kubelet takes up to a minute to bring a changed
+Secret into a pod, so the running server is told directly, after each of its starts too.
+"""
+
+import asyncio
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from resp.address import Address
+from resp.connection import Connection, FutureWaiter, connect
+from resp.encoder import encode_commands
+from resp.errors import ConnectFailed, LoginRefused, ReplyLost, RespError
+from resp.parser import ErrorReply, Parser
+
+CONNECT_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 5.0
+"""For all commands of one adjustment."""
+
+# Where they lie is decided when Redis starts; they are never sent to a running one.
+_FIXED: Final = frozenset(
+    "aclfile bind databases dir port protected-mode tls-port tls-cert-file tls-key-file tls-ca-cert-file".split()
+)
+
+
+class Unreachable(Exception):
+    """The Redis cannot be asked. The text is for people."""
+
+
+class LoginLost(Unreachable):
+    """It does not accept any password that we have."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """What a Redis says of itself."""
+
+    version: str
+    refused: Mapping[str, str]
+    """By setting: why it could not be changed while it runs."""
+
+
+async def adjust(addresses: Sequence[Address], users: Mapping[str, list[str]], config: Mapping[str, str]) -> Running:
+    """Let a Redis have these users, as ACL rules from nothing, and these settings.
+
+    `addresses` are of the same server with several logins: the first one that works is used.
+
+    Raises:
+        Unreachable: it did not answer, or refused a user.
+        LoginLost: no login is good.
+    """
+    connection = await _open(addresses)
+    try:
+        wanted = {key: _one_value(value) for key, value in config.items() if key not in _FIXED}
+        commands = [
+            ["INFO", "server"],
+            *(["ACL", "SETUSER", name, "reset", *rules] for name, rules in users.items()),
+            *(["CONFIG", "SET", key, value] for key, value in wanted.items()),
+        ]
+        replies = await _ask(connection, commands)
+    finally:
+        connection.close(ReplyLost("done"))
+    facts = dict(line.split(":", 1) for line in str(replies[0]).splitlines() if ":" in line)
+    refused = {}
+    for command, reply in zip(commands, replies, strict=True):
+        if isinstance(reply, ErrorReply):
+            if command[0] != "CONFIG":
+                raise Unreachable(f"Redis refused {command[0]} {command[1]}: {reply}")
+            refused[command[2]] = str(reply)
+    return Running(facts.get("valkey_version") or facts.get("redis_version") or "", refused)
+
+
+async def _open(addresses: Sequence[Address]) -> Connection:
+    refused: ConnectFailed | None = None
+    for address in addresses:
+        try:
+            return await connect(address, timeout=CONNECT_SECONDS)
+        except LoginRefused as error:
+            refused = error
+        except ConnectFailed as error:
+            raise Unreachable(f"Redis cannot be reached: {error.detail}") from error
+    raise LoginLost("Redis accepts none of the passwords that the operator has") from refused
+
+
+async def _ask(connection: Connection, commands: list[list[str]]) -> list[Any]:
+    waiter = FutureWaiter(len(commands), asyncio.get_running_loop())
+    connection.send(encode_commands([[word.encode() for word in command] for command in commands]), waiter)
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return list(Parser(text=True).parse(await waiter.future, len(commands)))
+    except (TimeoutError, RespError) as error:
+        raise Unreachable("Redis stopped answering") from error
+
+
+def _one_value(value: str) -> str:
+    """CONFIG SET takes one argument where redis.conf may have several words."""
+    return " ".join(shlex.split(value)) if value[:1] in ("'", '"') else value
