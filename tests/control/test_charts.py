@@ -1,5 +1,6 @@
 """Charts: what they draw, that it is well-formed and says its numbers in words, and how light it is."""
 
+import dataclasses
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -99,7 +100,8 @@ def test_bins_are_round_and_the_last_is_under_way(span: timedelta, step: timedel
     assert len(found) == span / step
     assert found[-1] <= now < found[-1] + step
     assert all((moment.timestamp() % step.total_seconds()) == 0 for moment in found)
-    labels = list(parsed(chart(Line("a", [1.0] * len(found)), step=step).svg()).iter(f"{SVG}text"))
+    made = dataclasses.replace(chart(Line("a", [1.0] * len(found)), step=step), start=found[0])
+    labels = parsed(made.svg()).iter(f"{SVG}text")
     assert 2 <= len([text for text in labels if text.get("class") == "x"]) <= 8
 
 
