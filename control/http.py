@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -311,6 +311,7 @@ def session_cookie(request: ApiRequest, token: str, max_age: float) -> tuple[str
 # The registry
 
 Handler = Callable[..., Awaitable[object]]
+SomeHandler = TypeVar("SomeHandler", bound=Handler)
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,7 +375,7 @@ def endpoint(
     message: str = "",
     content_type: str = "application/json",
     enveloped: bool = True,
-) -> Callable[[Handler], Handler]:
+) -> Callable[[SomeHandler], SomeHandler]:
     """Make the decorated function answer `method` on `path`; see the module."""
     if permission not in SPECIAL_PERMISSIONS:
         if permission not in PERMISSIONS:
@@ -382,7 +383,7 @@ def endpoint(
         if "{org_id}" not in path:
             raise ValueError(f"{method} {path}: {permission} is held in an organization, so the path has {{org_id}}")
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: SomeHandler) -> SomeHandler:
         if (path, method) in ENDPOINTS:
             raise ValueError(f"{method} {path} is registered twice")
         ENDPOINTS[path, method] = Endpoint(
@@ -411,13 +412,13 @@ def endpoint(
 
 async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: Context) -> Response:
     """Answer a request to a path whose endpoints are these, by method."""
-    request_id = _request_id(request)
+    identifier = request_id(request)
     try:
         chosen = endpoints.get("GET" if request.method == "HEAD" else request.method)
         if chosen is None:
             allowed = sorted({*endpoints, *(("HEAD",) if "GET" in endpoints else ())})
             raise ApiError(405, f"use {' or '.join(allowed)} here", headers={"Allow": ", ".join(allowed)})
-        api_request = ApiRequest(request, chosen, context, request_id)
+        api_request = ApiRequest(request, chosen, context, identifier)
         result = await _call(api_request)
         response = result if isinstance(result, Response) else _success(chosen, result)
     except ApiError as error:
@@ -428,13 +429,14 @@ async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: C
     except ClientDisconnect:
         response = Response(status_code=400)
     except Exception as error:
-        response = failure(_unexpected(error, request))
-    response.headers.setdefault("X-Request-Id", request_id)
+        response = failure(unexpected(error, request))
+    response.headers.setdefault("X-Request-Id", identifier)
     response.headers.setdefault("Cache-Control", "no-store")
     return response
 
 
-def _unexpected(error: Exception, request: Request) -> ApiError:
+def unexpected(error: Exception, request: Request) -> ApiError:
+    """What to answer when something went wrong that nobody thought of; it is in the log, under a reference."""
     from control.passwords import TooBusy
 
     if isinstance(error, TooBusy):
@@ -447,18 +449,23 @@ def _unexpected(error: Exception, request: Request) -> ApiError:
     return ApiError(500, f"internal error, reference {reference}; it is in the log")
 
 
-async def _call(request: ApiRequest) -> object:
-    chosen = request.endpoint
-    if chosen.permission != "public":
+async def admit(request: ApiRequest) -> None:
+    """Find out who asks for what, and whether they may. Raises Unauthorized, NotFound, Forbidden."""
+    if request.endpoint.permission != "public":
         request.principal = await authenticate(request)
-    request.path = _path(chosen, request.raw.path_params)
+    request.path = _path(request.endpoint, request.raw.path_params)
     try:
         await _authorize(request)
     except Forbidden:
         await _record_refusal(request)
         raise
+
+
+async def _call(request: ApiRequest) -> object:
+    await admit(request)
+    chosen = request.endpoint
     if chosen.query is not None:
-        request.parameters = _query(chosen.query, request.raw)
+        request.parameters = read_query(chosen.query, request.raw)
     if chosen.body is None:
         return await chosen.handler(request)
     body = await request.raw.body()
@@ -650,7 +657,8 @@ def _whole_number(text: str | None, low: int, high: int, default: int, name: str
     return int(text)
 
 
-def _query(kind: type[msgspec.Struct], request: Request) -> Any:
+def read_query(kind: type[msgspec.Struct], request: Request) -> Any:
+    """The query as its type. Raises BadRequest, which names each parameter that is wrong."""
     values: dict[str, str] = dict(request.query_params)
     return _convert(kind, values, "some parameters of the query are wrong", strict=False, ignore_unknown=True)
 
@@ -669,6 +677,11 @@ def parse_body(kind: type[msgspec.Struct], body: bytes) -> Any:
     if not isinstance(document, dict):
         raise BadRequest("the body is not a JSON object")
     return _convert(kind, document, "some fields are wrong", strict=True, ignore_unknown=False)
+
+
+def convert_body(kind: type[msgspec.Struct], values: dict[str, Any]) -> Any:
+    """A form's fields, which are text, as the type of a body. Raises BadRequest, which names each field."""
+    return _convert(kind, values, "some fields are wrong", strict=False, ignore_unknown=False)
 
 
 def _convert(
@@ -754,7 +767,8 @@ def _in_networks(address: str, networks: Sequence[Any]) -> bool:
 # Output
 
 
-def _request_id(request: Request) -> str:
+def request_id(request: Request) -> str:
+    """That the client brought, else a new one."""
     brought = request.headers.get("x-request-id", "")
     return brought if _REQUEST_ID.fullmatch(brought) else secrets.token_hex(8)
 

@@ -16,7 +16,7 @@ import redisgate
 from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, Instance, LimitRefusal, Refusal
 from redisgate.config import Settings
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
-from redisgate.http_head import Head
+from redisgate.http_head import Head, header_fields
 from redisgate.http_protocol import ALLOW, HttpConnection
 from redisgate.peers import Peers
 from redisgate.policy import Rule
@@ -184,7 +184,7 @@ class Gateway:
                 self._reserved.get(argv[0], self._elsewhere)(connection, method, target, query, head, body)
                 return
             elif argv == [b""] and method not in _BODY_METHODS:
-                self._welcome(connection, method, head)
+                self._welcome(connection, method, query, head)
                 return
         # Who.
         if (
@@ -715,7 +715,12 @@ class Gateway:
             b"Access-Control-Max-Age: %b\r\n" % (methods, _CORS_MAX_AGE),
         )
 
-    def _welcome(self, connection: HttpConnection, method: bytes, head: Head) -> None:
+    def _welcome(self, connection: HttpConnection, method: bytes, query: bytes, head: Head) -> None:
+        if self._control is not None and any(
+            name == b"accept" and b"text/html" in value for name, value in header_fields(head)
+        ):
+            self._control.handle(connection, method, b"/", query, head, b"")  # a person with a browser
+            return
         Exchange(connection, head, method).respond(
             200,
             b'{"name":"RedisGate","version":%b,"message":"Redis over HTTP. Send commands to this address with an'
