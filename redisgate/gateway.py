@@ -184,7 +184,7 @@ class Gateway:
                 self._reserved.get(argv[0], self._elsewhere)(connection, method, target, query, head, body)
                 return
             elif argv == [b""] and method not in _BODY_METHODS:
-                self._welcome(connection, method, query, head)
+                self._welcome(connection, method, head)
                 return
         # Who.
         if (
@@ -715,11 +715,11 @@ class Gateway:
             b"Access-Control-Max-Age: %b\r\n" % (methods, _CORS_MAX_AGE),
         )
 
-    def _welcome(self, connection: HttpConnection, method: bytes, query: bytes, head: Head) -> None:
+    def _welcome(self, connection: HttpConnection, method: bytes, head: Head) -> None:
         if self._control is not None and any(
             name == b"accept" and b"text/html" in value for name, value in header_fields(head)
         ):
-            self._control.handle(connection, method, b"/", query, head, b"")  # a person with a browser
+            self._control.handle(connection, method, b"/", b"", head, b"")  # a person with a browser
             return
         Exchange(connection, head, method).respond(
             200,

@@ -2,7 +2,7 @@
 
 from starlette.responses import Response
 
-from control import organizations
+from control import demo, organizations
 from control.database import Record
 from control.http import ApiError, NotFound, session_cookie
 from control.pages import (
@@ -50,8 +50,16 @@ async def _login_form(request: PageRequest, error: ApiError | None = None) -> Re
         error=error,
         next=own_path(request.form.get("next") or request.query.get("next", ""), ""),
         registration=request.context.settings.registration,
-        demo=request.context.settings.mode == "dev",
+        demo=await _has_demo(request),
     )
+
+
+async def _has_demo(request: PageRequest) -> bool:
+    """Whether newcomers are told of the demo account: on a trial installation that has it."""
+    if request.context.settings.mode != "dev":
+        return False
+    found = await request.context.database.fetchval("SELECT true FROM users WHERE email = $1", demo.EMAIL)
+    return found is True
 
 
 @page("POST", "/login", permission="public")

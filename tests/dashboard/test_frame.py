@@ -235,6 +235,7 @@ def test_texts_that_templates_use_exist_and_none_is_left_over() -> None:
     code += (TEMPLATES.parent / "control" / "pages.py").read_text()
     code = re.sub(r'permission="[^"]*"', "", code)
     used = set(re.findall(rf"""\bt(?:\.rich|\.get)?\(\s*["']((?:{areas})\.[a-z0-9_.]+)["']""", templates))
+    used |= {key for key in re.findall(rf"""["']((?:{areas})\.[a-z0-9_.]+)["']""", templates) if key in known}
     used |= set(re.findall(rf'"((?:{areas})\.[a-z0-9_.]+)"', code))
     prefixes = {name for name in used if name.endswith(("_", "."))}
     used -= prefixes
