@@ -480,9 +480,9 @@ async def _call(request: PageRequest) -> Response:
         await _recognize(request)
     if request.raw.method == "POST":
         request.form = await _read_form(request.raw)
+    if permission != "public" and "authorization" in request.raw.headers:
+        raise Unauthorized()  # programs have the API
     await http.admit(request)
-    if request.principal.kind == "api_key":
-        raise Unauthorized()
     if request.raw.method not in ("GET", "HEAD"):
         request.check_form()
     if request.endpoint.query is not None:
