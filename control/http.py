@@ -59,8 +59,8 @@ ADMINISTRATORS_MAY: Final = frozenset({"quota.update"})
 """What administrators of the platform may do in organizations they do not belong to, beside reading."""
 
 _SAFE_METHODS = ("GET", "HEAD")
-_GIVES_TOKENS = ("instances.credentials", "instances.rotate", "instances.create")
-"""Permissions whose answers hold an instance's tokens."""
+_GIVES_ALL = ("instances.credentials", "instances.rotate", "instances.create", "instances.backup", "instances.load")
+"""Permissions that give an instance's tokens, or all of its data: more than a narrowed API key is to reach."""
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -193,6 +193,8 @@ class Principal:
     """In the organization that the path names."""
     is_admin: bool = False
     """Of the platform. An API key never is."""
+    looks_in: bool = False
+    """An administrator of the platform in an organization that they do not belong to."""
     scopes: tuple[str, ...] | None = None
     """Of an API key."""
     instance_ids: tuple[UUID, ...] | None = None
@@ -585,15 +587,15 @@ async def _authorize(request: ApiRequest) -> None:
     if role is None and principal.is_admin and await _exists(request, organization_id):
         if not PERMISSIONS[permission].reads and permission not in ADMINISTRATORS_MAY:
             raise Forbidden("administrators of the platform may read here, and set quotas; this is for members")
-        role = "admin"
+        role, principal = "admin", dataclasses.replace(principal, looks_in=True)
     if role is None:
         raise NotFound("there is no such organization")
     if not allows(role, permission):
         raise Forbidden(f"your role here is {role}; this needs {PERMISSIONS[permission].role}")
     if principal.scopes is not None and not allows(role, permission, principal.scopes):
         raise Forbidden(f"this API key lacks the scope {permission}")
-    if principal.narrowed and permission in _GIVES_TOKENS:
-        raise Forbidden("this API key is narrowed, and an instance's tokens are not: use another key, or sign in")
+    if principal.narrowed and permission in _GIVES_ALL:
+        raise Forbidden("this API key is narrowed, and this gives all of an instance: use another key, or sign in")
     if principal.instance_ids is not None and request.path.get("instance_id") not in (None, *principal.instance_ids):
         raise NotFound("there is no such instance")
     request.principal = dataclasses.replace(principal, organization_id=organization_id, role=role)

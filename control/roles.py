@@ -50,6 +50,8 @@ _TABLE: tuple[Permission, ...] = (
     Permission("instances.update", "member", "rename an instance, change its memory or eviction"),
     Permission("instances.status", "member", "start, stop, restart or reconcile an instance"),
     Permission("instances.credentials", "member", "see an instance's REST tokens"),
+    Permission("instances.backup", "member", "download an instance's data"),
+    Permission("instances.load", "admin", "replace an instance's data by an RDB file"),
     Permission("instances.rotate", "admin", "replace an instance's tokens and password"),
     Permission("instances.delete", "admin", "delete an instance"),
     Permission("instances.restore", "admin", "restore a deleted instance"),
