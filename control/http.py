@@ -338,6 +338,8 @@ class Endpoint:
     content_type: str = "application/json"
     enveloped: bool = True
     """False: the handler's own response is the answer."""
+    takes: str = ""
+    """The content type of a body that is no JSON, which the handler reads itself."""
 
     @property
     def parameters(self) -> list[str]:
@@ -377,6 +379,7 @@ def endpoint(
     message: str = "",
     content_type: str = "application/json",
     enveloped: bool = True,
+    takes: str = "",
 ) -> Callable[[SomeHandler], SomeHandler]:
     """Make the decorated function answer `method` on `path`; see the module."""
     if permission not in SPECIAL_PERMISSIONS:
@@ -403,6 +406,7 @@ def endpoint(
             message=message,
             content_type=content_type,
             enveloped=enveloped and content_type == "application/json",
+            takes=takes,
         )
         return handler
 

@@ -299,6 +299,7 @@ async def snapshot(request: ApiRequest) -> object:
     response=Loading,
     summary="Replace an instance's data",
     tags=_TAGS,
+    takes="application/octet-stream",
 )
 async def load_snapshot(request: ApiRequest) -> object:
     """The body is an RDB file, or a part of one with `Content-Range: bytes 0-4194303/9000000`: parts follow each other,

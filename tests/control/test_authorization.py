@@ -76,6 +76,9 @@ DECISIONS = {
     "GET /api/organizations/{org_id}/redis-instances/{instance_id}/credentials": "member",
     "POST /api/organizations/{org_id}/redis-instances/{instance_id}/rotate-credentials": "admin",
     "POST /api/organizations/{org_id}/redis-instances/{instance_id}/restore": "admin",
+    "GET /api/organizations/{org_id}/redis-instances/{instance_id}/commands": "viewer",
+    "GET /api/organizations/{org_id}/redis-instances/{instance_id}/snapshot": "member",
+    "PUT /api/organizations/{org_id}/redis-instances/{instance_id}/snapshot": "admin",
 }
 # What administrators of the platform may do in an organization that they do not belong to, beside reading.
 PLATFORM_MAY = {"PUT /api/organizations/{org_id}/quota"}
@@ -214,7 +217,7 @@ async def test_route(route: str, client: httpx.AsyncClient, world: World) -> Non
     # Administrators of the platform.
     organization, user = await world.organization(), await world.user(administrator=True)
     response = await ask(client, route, await world.session(user), organization)
-    reads = route.startswith("GET ") and not route.endswith("/credentials")
+    reads = route.startswith("GET ") and not route.endswith(("/credentials", "/snapshot"))
     assert is_refused(response) is (in_organization and not reads and route not in PLATFORM_MAY), response.text
 
 
@@ -223,7 +226,7 @@ async def test_route_with_an_api_key(route: str, client: httpx.AsyncClient, worl
     decision = DECISIONS[route]
     in_organization = decision in ROLES
     permission = ROUTES[route]["x-permission"]
-    reads = route.startswith("GET ") and not route.endswith("/credentials")
+    reads = route.startswith("GET ") and not route.endswith(("/credentials", "/snapshot"))
     for role, scopes, enough in (
         ("owner", ["manage"], True),
         ("owner", ["read", "write"], False),
