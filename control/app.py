@@ -25,7 +25,7 @@ from redisgate.config import Settings
 
 ROUTE_MODULES: Final = ("service", "auth", "organizations", "quota", "audit", "api_keys", "usage", "instances")
 """Of `control.routes`; importing one registers its endpoints."""
-PAGE_MODULES: Final = ("sign_in", "account",)
+PAGE_MODULES: Final = ("sign_in", "account", "overview", "keys",)
 """Of `control.dashboard`; importing one registers its pages."""
 Answer = Callable[[Request, Mapping[str, Endpoint], Context], Awaitable[Response]]
 

@@ -331,6 +331,8 @@ def initial_values(request: PageRequest) -> dict[str, Any]:
         role = request.principal.role
         if role is None:
             return False
+        if request.principal.looks_in and permission not in http.ADMINISTRATORS_MAY:
+            return PERMISSIONS[permission].reads
         return allows(role, permission)
 
     return {
