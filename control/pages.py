@@ -130,6 +130,8 @@ class PageRequest(ApiRequest):
     def __init__(self, request: Request, endpoint: Endpoint, context: Context, request_id: str) -> None:
         super().__init__(request, endpoint, context, request_id)
         self.form = Form()
+        self.files: dict[str, bytes] = {}
+        """Files that a form posted, by the name of their field."""
         self.cookies: list[tuple[str, str]] = []
         """Headers that the answer will have."""
 
@@ -481,7 +483,7 @@ async def _call(request: PageRequest) -> Response:
     if permission == "public":
         await _recognize(request)
     if request.raw.method == "POST":
-        request.form = await _read_form(request.raw)
+        request.form, request.files = await _read_form(request.raw)
     if permission != "public" and "authorization" in request.raw.headers:
         raise Unauthorized()  # programs have the API
     await http.admit(request)
@@ -505,22 +507,55 @@ async def _recognize(request: PageRequest) -> None:
             request.principal = found
 
 
-async def _read_form(request: Request) -> Form:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind not in ("application/x-www-form-urlencoded", ""):
-        return Form()  # the page reads the body itself; the token is in a header, or it is refused
+async def _read_form(request: Request) -> tuple[Form, dict[str, bytes]]:
+    content_type = request.headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind not in ("application/x-www-form-urlencoded", "multipart/form-data", ""):
+        return Form(), {}  # the page reads the body itself; the token is in a header, or it is refused
     body = await request.body()
-    if len(body) > MAX_FORM_BYTES:
-        raise ApiError(413, f"the form has {len(body)} bytes; at most {MAX_FORM_BYTES} are taken here")
-    try:
-        fields = parse_qsl(
-            body.decode("utf-8"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FORM_FIELDS
-        )
-    except ValueError as error:
-        raise BadRequest(f"the form cannot be read: {error}") from error
+    if kind == "multipart/form-data":
+        fields, files = read_multipart(body, content_type)  # as large as the gateway's own bound lets it be
+    else:
+        if len(body) > MAX_FORM_BYTES:
+            raise ApiError(413, f"the form has {len(body)} bytes; at most {MAX_FORM_BYTES} are taken here")
+        files = {}
+        try:
+            fields = parse_qsl(
+                body.decode("utf-8"), keep_blank_values=True, errors="strict", max_num_fields=MAX_FORM_FIELDS
+            )
+        except ValueError as error:
+            raise BadRequest(f"the form cannot be read: {error}") from error
     if any("\0" in name or "\0" in value for name, value in fields):
         raise BadRequest("the form contains the character NUL, which cannot be stored")
-    return Form([(name, value.replace("\r\n", "\n")) for name, value in fields])
+    return Form([(name, value.replace("\r\n", "\n")) for name, value in fields]), files
+
+
+def read_multipart(body: bytes, content_type: str) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
+    """The fields and files of a form with files (RFC 7578).
+
+    Raises:
+        BadRequest: it is none.
+    """
+    boundary = re.search(r'boundary="?([^";,]{1,70})"?', content_type)
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode()) if boundary is not None else []
+    if len(parts) < 2 or not parts[-1].startswith(b"--") or len(parts) > MAX_FORM_FIELDS:
+        raise BadRequest("the form cannot be read: its parts are not complete")
+    fields: list[tuple[str, str]] = []
+    files: dict[str, bytes] = {}
+    for part in parts[1:-1]:
+        head, found, content = part.partition(b"\r\n\r\n")
+        text = head.decode("utf-8", "replace")
+        name = re.search(r'(?im)^content-disposition:\s*form-data;.*?\bname="([^"\r\n]*)"', text)
+        if not found or name is None:
+            raise BadRequest("the form cannot be read: a part of it has no name")
+        if re.search(r"(?i);\s*filename\*?=", text) is not None:
+            files[name[1]] = content
+            continue
+        try:
+            fields.append((name[1], content.decode("utf-8")))
+        except UnicodeDecodeError as error:
+            raise BadRequest("the form cannot be read: its text is not UTF-8") from error
+    return fields, files
 
 
 def _to_sign_in(request: PageRequest) -> Response:
