@@ -23,9 +23,29 @@ from control.throttle import Throttle
 from control.tokens import Tokens
 from redisgate.config import Settings
 
-ROUTE_MODULES: Final = ("service", "auth", "organizations", "quota", "audit", "api_keys", "usage", "instances")
+ROUTE_MODULES: Final = (
+    "service",
+    "auth",
+    "organizations",
+    "quota",
+    "audit",
+    "api_keys",
+    "usage",
+    "instances",
+    "console",
+)
 """Of `control.routes`; importing one registers its endpoints."""
-PAGE_MODULES: Final = ("sign_in", "account", "overview", "keys",)
+PAGE_MODULES: Final = (
+    "sign_in",
+    "account",
+    "overview",
+    "keys",
+    "instances",
+    "members",
+    "quota",
+    "audit_log",
+    "settings",
+)
 """Of `control.dashboard`; importing one registers its pages."""
 Answer = Callable[[Request, Mapping[str, Endpoint], Context], Awaitable[Response]]
 

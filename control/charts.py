@@ -201,7 +201,8 @@ def sparkline(values: Sequence[Value], label: str, width: int = 120, height: int
             y = height - 2 - (height - 4) * value / high
             points.append(f"{'L' if points and values[index - 1] is not None else 'M'}{_short(x)} {_short(y)}")
     return Markup(
-        '<svg class="sparkline" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}"><title>{}</title><path d="{}"/></svg>'
+        '<svg class="sparkline" viewBox="0 0 {} {}" preserveAspectRatio="none" role="img" aria-label="{}">'
+        '<title>{}</title><path d="{}"/></svg>'
     ).format(width, height, label, label, Markup("".join(points)))
 
 

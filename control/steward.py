@@ -49,7 +49,13 @@ MAX_AT_ONCE: Final = 32
 """Instances that are worked on side by side; most of that is waiting, for a server that loads its data for example."""
 LEADER_LOCK: Final = 0x52474C44
 """The advisory lock of the steward that works for the whole deployment."""
-MODULES_WITH_DUTIES: Final = ("control.accounts", "control.audit", "control.usage", "control.instances")
+MODULES_WITH_DUTIES: Final = (
+    "control.accounts",
+    "control.audit",
+    "control.usage",
+    "control.instances",
+    "control.workers",
+)
 
 log = logging.getLogger(__name__)
 

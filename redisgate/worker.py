@@ -113,6 +113,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     gc.collect()
     gc.freeze()
     if plane is not None:
+        plane.context.extra["http"] = http
         await plane.start()
     server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
     os.write(ready_fd, b"1")
