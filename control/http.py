@@ -596,6 +596,8 @@ async def _authorize(request: ApiRequest) -> None:
         raise NotFound("there is no such organization")
     if not allows(role, permission):
         raise Forbidden(f"your role here is {role}; this needs {PERMISSIONS[permission].role}")
+    if principal.scopes is not None and PERMISSIONS[permission].people:
+        raise Forbidden("an API key cannot do this; sign in as a person")
     if principal.scopes is not None and not allows(role, permission, principal.scopes):
         raise Forbidden(f"this API key lacks the scope {permission}")
     if principal.narrowed and permission in _GIVES_ALL:
