@@ -171,10 +171,11 @@ class Chart:
     def _points(self) -> list[Markup]:
         """A strip for each point that has values, with its numbers."""
         width = _short((WIDTH - _LEFT - _RIGHT) / max(self.count, 1))
+        several = sum(not line.limit for line in self.lines) > 1
         parts = [Markup('<g class="points">')]
         for index, moment in enumerate(self.times()):
             told = [
-                f"{line.name} {self._text(line, index)}"
+                f"{line.name} {self._text(line, index)}" if several else self._text(line, index)
                 for line in self.lines
                 if not line.limit and index < len(line.values) and line.values[index] is not None
             ]

@@ -349,7 +349,8 @@ async def change(request: PageRequest) -> Response:
     """Its name, memory, eviction; the URL of an existing Redis."""
 
     async def act() -> None:
-        body = request.body(UpdateInstance)
+        # An empty name is one that was taken away, and refused.
+        body = request.body(UpdateInstance, {"name": request.form.get("name")})
         await instances.update(request.context, request, request.organization_id, request.path["instance_id"], body)
 
     return await _done(request, "general", "instances.changed", act())
