@@ -25,8 +25,10 @@ NODE := $(VENV)/node
 WITH_NODE = PATH="$(abspath $(NODE)):$$PATH"; export PATH
 
 # A strict editable install links each file by itself, so a file that comes or goes calls for a new one.
-SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control control/kubernetes control/kubernetes/crd control/provisioners control/routes templates migrations)))
-SOURCE_FILES := $(filter %.py %.json %.yaml %.sql %.html %.css %.js %.typed,$(SOURCES))
+SOURCES := $(sort $(wildcard $(addsuffix /*,resp redisgate control control/dashboard control/kubernetes \
+	control/kubernetes/crd control/provisioners control/routes templates templates/* templates/static/js \
+	templates/texts/* migrations)))
+SOURCE_FILES := $(filter %.py %.json %.yaml %.sql %.html %.css %.js %.svg %.toml %.typed,$(SOURCES))
 SOURCES_ID := $(shell echo '$(filter-out %__pycache__,$(SOURCES))' | cksum | cut -d ' ' -f 1)
 PACKAGE := $(STAMPS)/package-$(SOURCES_ID)
 # The form that wheels have, with the straight line of a request compiled (setup.py): by itself in a folder that comes

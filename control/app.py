@@ -2,6 +2,7 @@
 
 import importlib
 from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from starlette.applications import Starlette
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from control import http, settings
+from control import http, pages, settings
 from control.audit import Audit
 from control.database import Database
 from control.encryption import Encryption
@@ -32,8 +33,23 @@ ROUTE_MODULES: Final = (
     "usage",
     "instances",
     "operations",
+    "console",
 )
 """Of `control.routes`; importing one registers its endpoints."""
+PAGE_MODULES: Final = (
+    "sign_in",
+    "account",
+    "overview",
+    "keys",
+    "instances",
+    "members",
+    "quota",
+    "audit_log",
+    "settings",
+)
+"""Of `control.dashboard`; importing one registers its pages."""
+Answer = Callable[[Request, Mapping[str, Endpoint], Context], Awaitable[Response]]
+
 MAX_WAITING_PASSWORDS: Final = 256
 """Sign-ins of one worker that wait for a thread; more are told to come again."""
 
@@ -71,33 +87,52 @@ def load_endpoints() -> dict[str, dict[str, Endpoint]]:
     """Every endpoint there is, by path and method."""
     for name in ROUTE_MODULES:
         importlib.import_module(f"control.routes.{name}")
+    return _by_path(ENDPOINTS)
+
+
+def load_pages() -> dict[str, dict[str, Endpoint]]:
+    """Every page of the dashboard, by path and method."""
+    for name in PAGE_MODULES:
+        importlib.import_module(f"control.dashboard.{name}")
+    return _by_path(pages.PAGES)
+
+
+def _by_path(entries: dict[tuple[str, str], Endpoint]) -> dict[str, dict[str, Endpoint]]:
     found: defaultdict[str, dict[str, Endpoint]] = defaultdict(dict)
-    for (path, method), entry in ENDPOINTS.items():
+    for (path, method), entry in entries.items():
         found[path][method] = entry
     return dict(found)
 
 
 class _Path:
-    """All methods of one path, as an ASGI application."""
+    """All methods of one path, as an ASGI application; `answer` is that of the API or of the pages."""
 
-    def __init__(self, endpoints: dict[str, Endpoint], context: Context) -> None:
+    def __init__(self, answer: Answer, endpoints: dict[str, Endpoint], context: Context) -> None:
+        self._answer = answer
         self._endpoints = endpoints
         self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await http.answer(Request(scope, receive), self._endpoints, self._context)
+        response = await self._answer(Request(scope, receive), self._endpoints, self._context)
         await response(scope, receive, send)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
+    if "text/html" in request.headers.get("accept", ""):
+        return await pages.not_found(request, request.app.state.context)
     return failure(ApiError(404, "there is nothing at this address; see /docs for what there is"))
+
+
+def _ordered(found: dict[str, dict[str, Endpoint]]) -> list[tuple[str, dict[str, Endpoint]]]:
+    # A path without parameters goes before one with: "/sessions/current" is no "{session_id}".
+    return sorted(found.items(), key=lambda item: [part.startswith("{") for part in item[0].split("/")])
 
 
 def make_app(context: Context) -> Starlette:
     """The application over a context, which it does not close."""
-    # A path without parameters goes before one with: "/sessions/current" is no "{session_id}".
-    paths = sorted(load_endpoints().items(), key=lambda item: [part.startswith("{") for part in item[0].split("/")])
-    routes = [Route(path, _Path(endpoints, context)) for path, endpoints in paths]
+    routes = [Route(path, _Path(http.answer, endpoints, context)) for path, endpoints in _ordered(load_endpoints())]
+    routes += [Route(path, _Path(pages.answer, endpoints, context)) for path, endpoints in _ordered(load_pages())]
+    routes.append(Route("/static/{version}/{path:path}", pages.static))
     app = Starlette(routes=routes, exception_handlers={404: _not_found})
     app.router.redirect_slashes = False
     app.state.context = context

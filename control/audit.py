@@ -16,9 +16,10 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -42,6 +43,9 @@ VERIFY_BATCH: Final = 1000
 """Events that `verify` holds at a time."""
 MAX_PROBLEMS: Final = 100
 """Problems that a report lists; the others are counted."""
+CHECK_AGAIN: Final = timedelta(days=1)
+"""A chain that held is not read again before, unless it has grown."""
+CHECKS_KEPT: Final = 100
 
 _MASKED: Final = re.compile(r"password|secret|token(?!_id)", re.IGNORECASE)
 _HEAD_LINE: Final = re.compile(r"audit head sequence=(\d+) mac=([0-9a-f]{64})")
@@ -448,3 +452,34 @@ async def verify_database(database: Database, audit: Audit, state_dir: Path, log
     async with database.transaction() as connection:
         await connection.execute("SET LOCAL statement_timeout = 0")
         return await verify(connection, audit, heads)
+
+
+@duty("audit check", every=3600)
+async def check_chain(context: "Context") -> None:
+    """The steward's part: read the whole chain and keep what was found, for people who look at the log."""
+    database = context.database
+    async with database.connection() as connection:
+        last, head = await last_check(connection), await current_head(connection)
+    if last is not None and not last["problem_count"] and last["at"] > context.now() - CHECK_AGAIN:
+        if head is None or last["head_sequence"] == head.sequence:
+            return
+    started = time.monotonic()
+    report = await verify_database(database, context.audit, context.gateway_settings.state_dir)
+    if not report.intact:
+        log.error("the audit log was tampered with, or lacks a secret key: %s", report)
+    await database.execute(
+        "INSERT INTO audit_checks (seconds, events, head_sequence, compared, problem_count, problems)"
+        " VALUES ($1, $2, $3, $4, $5, $6)",
+        time.monotonic() - started,
+        report.events,
+        None if report.head is None else report.head.sequence,
+        report.compared,
+        report.problem_count,
+        report.problems,
+    )
+    await database.execute("DELETE FROM audit_checks WHERE id <= (SELECT max(id) FROM audit_checks) - $1", CHECKS_KEPT)
+
+
+async def last_check(connection: Connection) -> Record | None:
+    """What the last look at the whole chain found; None before the first."""
+    return await connection.fetchrow("SELECT * FROM audit_checks ORDER BY id DESC LIMIT 1")

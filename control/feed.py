@@ -205,6 +205,40 @@ class AccessFeed:
         except (DatabaseAway, TimeoutError, *_NOT_MIGRATED) as error:
             raise Unavailable(_AWAY) from error
 
+    async def connect_instance(self, instance_id: UUID) -> Instance | Refusal:
+        """An instance for who has shown elsewhere that they may use it, and whom no grant counts or limits.
+
+        Raises:
+            Unavailable: PostgreSQL is away.
+        """
+        subject = f"instances:{instance_id}"
+        key = (b"", secrets.token_hex(8))  # no credential: only the changes meanwhile matter
+        load = self._loads[key] = _Load()
+        try:
+            async with self._turns, asyncio.timeout(QUERY_SECONDS):
+                if self._seen is None:
+                    await self._catch_up()
+                while True:
+                    load.changed.clear()
+                    row = await self._context.database.fetchrow(
+                        f"SELECT {_INSTANCE} FROM instances i JOIN organizations o ON o.id = i.organization_id"
+                        " WHERE i.id = $1 AND i.deleted_at IS NULL AND o.deleted_at IS NULL",
+                        instance_id,
+                    )
+                    if load.changed.isdisjoint((_EVERYTHING, subject)):
+                        break
+        except (DatabaseAway, TimeoutError, *_NOT_MIGRATED) as error:
+            raise Unavailable(_AWAY) from error
+        finally:
+            del self._loads[key]
+        if row is None or row["endpoint"] is None or row["desired_state"] != "running":
+            return _NOT_RUNNING
+        try:
+            return self._instance(row)
+        except DecryptionError as error:
+            log.error("instance %s: its password cannot be decrypted: %s", row["id"], error)
+            return _BROKEN
+
     # Loading
 
     async def _find(self, credential: bytes, reference: str | None) -> "_Found | None":

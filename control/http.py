@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -61,8 +61,8 @@ ADMINISTRATORS_MAY: Final = frozenset({"quota.update"})
 """What administrators of the platform may do in organizations they do not belong to, beside reading."""
 
 _SAFE_METHODS = ("GET", "HEAD")
-_GIVES_TOKENS = ("instances.credentials", "instances.rotate", "instances.create")
-"""Permissions whose answers hold an instance's tokens."""
+_GIVES_ALL = ("instances.credentials", "instances.rotate", "instances.create", "instances.backup", "instances.load")
+"""Permissions that give an instance's tokens, or all of its data: more than a narrowed API key is to reach."""
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
@@ -195,6 +195,8 @@ class Principal:
     """In the organization that the path names."""
     is_admin: bool = False
     """Of the platform. An API key never is."""
+    looks_in: bool = False
+    """An administrator of the platform in an organization that they do not belong to."""
     scopes: tuple[str, ...] | None = None
     """Of an API key."""
     instance_ids: tuple[UUID, ...] | None = None
@@ -313,6 +315,7 @@ def session_cookie(request: ApiRequest, token: str, max_age: float) -> tuple[str
 # The registry
 
 Handler = Callable[..., Awaitable[object]]
+SomeHandler = TypeVar("SomeHandler", bound=Handler)
 
 
 @dataclass(frozen=True, eq=False)
@@ -337,6 +340,8 @@ class Endpoint:
     content_type: str = "application/json"
     enveloped: bool = True
     """False: the handler's own response is the answer."""
+    takes: str = ""
+    """The content type of a body that is no JSON, which the handler reads itself."""
 
     @property
     def parameters(self) -> list[str]:
@@ -376,7 +381,8 @@ def endpoint(
     message: str = "",
     content_type: str = "application/json",
     enveloped: bool = True,
-) -> Callable[[Handler], Handler]:
+    takes: str = "",
+) -> Callable[[SomeHandler], SomeHandler]:
     """Make the decorated function answer `method` on `path`; see the module."""
     if permission not in SPECIAL_PERMISSIONS:
         if permission not in PERMISSIONS:
@@ -384,7 +390,7 @@ def endpoint(
         if "{org_id}" not in path:
             raise ValueError(f"{method} {path}: {permission} is held in an organization, so the path has {{org_id}}")
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: SomeHandler) -> SomeHandler:
         if (path, method) in ENDPOINTS:
             raise ValueError(f"{method} {path} is registered twice")
         ENDPOINTS[path, method] = Endpoint(
@@ -402,6 +408,7 @@ def endpoint(
             message=message,
             content_type=content_type,
             enveloped=enveloped and content_type == "application/json",
+            takes=takes,
         )
         return handler
 
@@ -413,7 +420,7 @@ def endpoint(
 
 async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: Context) -> Response:
     """Answer a request to a path whose endpoints are these, by method."""
-    request_id = _request_id(request)
+    identifier = request_id(request)
     began = time.perf_counter_ns()
     path = next(iter(endpoints.values())).path
     tracing.name_route(request.method, path)
@@ -422,7 +429,7 @@ async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: C
         if chosen is None:
             allowed = sorted({*endpoints, *(("HEAD",) if "GET" in endpoints else ())})
             raise ApiError(405, f"use {' or '.join(allowed)} here", headers={"Allow": ", ".join(allowed)})
-        api_request = ApiRequest(request, chosen, context, request_id)
+        api_request = ApiRequest(request, chosen, context, identifier)
         result = await _call(api_request)
         response = result if isinstance(result, Response) else _success(chosen, result)
     except ApiError as error:
@@ -434,15 +441,16 @@ async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: C
     except ClientDisconnect:
         response = Response(status_code=400)
     except Exception as error:
-        response = failure(_unexpected(error, request))
+        response = failure(unexpected(error, request))
     method = request.method if request.method.encode() in METHODS else "other"
     WORKER.control_answered(path, method, response.status_code, time.perf_counter_ns() - began)
-    response.headers.setdefault("X-Request-Id", request_id)
+    response.headers.setdefault("X-Request-Id", identifier)
     response.headers.setdefault("Cache-Control", "no-store")
     return response
 
 
-def _unexpected(error: Exception, request: Request) -> ApiError:
+def unexpected(error: Exception, request: Request) -> ApiError:
+    """What to answer when something went wrong that nobody thought of; it is in the log, under a reference."""
     from control.passwords import TooBusy
 
     if isinstance(error, TooBusy):
@@ -455,18 +463,23 @@ def _unexpected(error: Exception, request: Request) -> ApiError:
     return ApiError(500, f"internal error, reference {reference}; it is in the log")
 
 
-async def _call(request: ApiRequest) -> object:
-    chosen = request.endpoint
-    if chosen.permission != "public":
+async def admit(request: ApiRequest) -> None:
+    """Find out who asks for what, and whether they may. Raises Unauthorized, NotFound, Forbidden."""
+    if request.endpoint.permission != "public":
         request.principal = await authenticate(request)
-    request.path = _path(chosen, request.raw.path_params)
+    request.path = _path(request.endpoint, request.raw.path_params)
     try:
         await _authorize(request)
     except Forbidden:
         await _record_refusal(request)
         raise
+
+
+async def _call(request: ApiRequest) -> object:
+    await admit(request)
+    chosen = request.endpoint
     if chosen.query is not None:
-        request.parameters = _query(chosen.query, request.raw)
+        request.parameters = read_query(chosen.query, request.raw)
     if chosen.body is None:
         return await chosen.handler(request)
     body = await request.raw.body()
@@ -586,15 +599,17 @@ async def _authorize(request: ApiRequest) -> None:
     if role is None and principal.is_admin and await _exists(request, organization_id):
         if not PERMISSIONS[permission].reads and permission not in ADMINISTRATORS_MAY:
             raise Forbidden("administrators of the platform may read here, and set quotas; this is for members")
-        role = "admin"
+        role, principal = "admin", dataclasses.replace(principal, looks_in=True)
     if role is None:
         raise NotFound("there is no such organization")
     if not allows(role, permission):
         raise Forbidden(f"your role here is {role}; this needs {PERMISSIONS[permission].role}")
+    if principal.scopes is not None and PERMISSIONS[permission].people:
+        raise Forbidden("an API key cannot do this; sign in as a person")
     if principal.scopes is not None and not allows(role, permission, principal.scopes):
         raise Forbidden(f"this API key lacks the scope {permission}")
-    if principal.narrowed and permission in _GIVES_TOKENS:
-        raise Forbidden("this API key is narrowed, and an instance's tokens are not: use another key, or sign in")
+    if principal.narrowed and permission in _GIVES_ALL:
+        raise Forbidden("this API key is narrowed, and this gives all of an instance: use another key, or sign in")
     if principal.instance_ids is not None and request.path.get("instance_id") not in (None, *principal.instance_ids):
         raise NotFound("there is no such instance")
     request.principal = dataclasses.replace(principal, organization_id=organization_id, role=role)
@@ -658,7 +673,8 @@ def _whole_number(text: str | None, low: int, high: int, default: int, name: str
     return int(text)
 
 
-def _query(kind: type[msgspec.Struct], request: Request) -> Any:
+def read_query(kind: type[msgspec.Struct], request: Request) -> Any:
+    """The query as its type. Raises BadRequest, which names each parameter that is wrong."""
     values: dict[str, str] = dict(request.query_params)
     return _convert(kind, values, "some parameters of the query are wrong", strict=False, ignore_unknown=True)
 
@@ -677,6 +693,11 @@ def parse_body(kind: type[msgspec.Struct], body: bytes) -> Any:
     if not isinstance(document, dict):
         raise BadRequest("the body is not a JSON object")
     return _convert(kind, document, "some fields are wrong", strict=True, ignore_unknown=False)
+
+
+def convert_body(kind: type[msgspec.Struct], values: dict[str, Any]) -> Any:
+    """A form's fields, which are text, as the type of a body. Raises BadRequest, which names each field."""
+    return _convert(kind, values, "some fields are wrong", strict=False, ignore_unknown=False)
 
 
 def _convert(
@@ -762,7 +783,8 @@ def _in_networks(address: str, networks: Sequence[Any]) -> bool:
 # Output
 
 
-def _request_id(request: Request) -> str:
+def request_id(request: Request) -> str:
+    """That the client brought, else a new one."""
     brought = request.headers.get("x-request-id", "")
     return brought if _REQUEST_ID.fullmatch(brought) else secrets.token_hex(8)
 

@@ -273,9 +273,10 @@ async def find(
     return row
 
 
-async def _lock(
+async def lock(
     connection: Connection, organization_id: UUID, instance_id: UUID, *, deleted: bool | None = False
 ) -> Record:
+    """As `find`, and nobody else changes it until the transaction ends."""
     await connection.execute("SELECT 1 FROM instances WHERE id = $1 FOR UPDATE", instance_id)
     return await find(connection, organization_id, instance_id, deleted=deleted)
 
@@ -548,13 +549,13 @@ async def update(
     if body.external_url is not None:
         registered = await _register(context, instance_id, body.external_url, row["redis_version_wanted"])
     async with context.database.transaction() as connection:
-        row = await _lock(connection, organization_id, instance_id)
+        row = await lock(connection, organization_id, instance_id)
         changes = {name: value for name, value in changes.items() if row[name] != value}
         if not changes and not registered:
             return
         if "max_memory" in changes and row["counts_against_quota"]:
             await quotas.reserve_instance(connection, organization_id, changes["max_memory"], instance_id=instance_id)
-        await _set(
+        await set_columns(
             connection, instance_id, {**changes, **registered}, wanted=set(changes) != {"name"} or bool(registered)
         )
         shown = [*changes, *(["external_url"] if registered else [])]
@@ -580,7 +581,7 @@ async def change_status(
         QuotaExceeded: its creation had failed, and now there is no room for it.
     """
     async with context.database.transaction() as connection:
-        row = await _lock(connection, organization_id, instance_id)
+        row = await lock(connection, organization_id, instance_id)
         changes: dict[str, Any] = {"retry_at": None, "attempts": 0}
         if action == "restart":
             if row["desired_state"] != "running":
@@ -596,7 +597,7 @@ async def change_status(
                 raise Conflict("its creation failed: there is nothing to stop; delete it, or try again by reconcile")
             await quotas.reserve_instance(connection, organization_id, row["max_memory"], instance_id=None)
             changes |= {"counts_against_quota": True, "status": "pending", "status_reason": None}
-        await _set(connection, instance_id, changes)
+        await set_columns(connection, instance_id, changes)
         await audit.record(
             connection,
             acting,
@@ -623,7 +624,7 @@ async def rotate(
     encryption = context.encryption
     tokens = {name: token for name, token in _tokens(context).items() if name in chosen}
     async with context.database.transaction() as connection:
-        row = await _lock(connection, organization_id, instance_id)
+        row = await lock(connection, organization_id, instance_id)
         changes: dict[str, Any] = _token_columns(instance_id, encryption, tokens)
         if tokens:
             changes["tokens_rotated_at"] = context.now()
@@ -632,7 +633,7 @@ async def rotate(
             changes["next_password_encrypted"] = _encrypt(
                 encryption, instance_id, "next_password", secrets.token_urlsafe(32)
             )
-        await _set(connection, instance_id, changes, wanted=password)
+        await set_columns(connection, instance_id, changes, wanted=password)
         replaced = [*tokens, *(["password"] if password else [])]
         await audit.record(
             connection,
@@ -663,7 +664,7 @@ async def reveal(context: Context, acting: audit.Acting, organization_id: UUID, 
 async def delete(context: Context, acting: audit.Acting, organization_id: UUID, instance_id: UUID) -> None:
     """End it. Its data is kept until `purge_at`, and until then it can be restored. Raises NotFound."""
     async with context.database.transaction() as connection:
-        row = await _lock(connection, organization_id, instance_id)
+        row = await lock(connection, organization_id, instance_id)
         await _delete(connection, context, row)
         await audit.record(
             connection,
@@ -688,7 +689,7 @@ async def delete_all(connection: Connection, context: Context, organization_id: 
 
 async def _delete(connection: Connection, context: Context, row: Record) -> None:
     now = context.now()
-    await _set(
+    await set_columns(
         connection,
         row["id"],
         {
@@ -713,7 +714,7 @@ async def restore(context: Context, acting: audit.Acting, organization_id: UUID,
         QuotaExceeded: there is no room for it any more.
     """
     async with context.database.transaction() as connection:
-        row = await _lock(connection, organization_id, instance_id, deleted=True)
+        row = await lock(connection, organization_id, instance_id, deleted=True)
         if row["purge_at"] is not None and row["purge_at"] <= context.now():
             raise NotFound("there is no such instance: its time to be restored is over")
         await quotas.reserve_instance(connection, organization_id, row["max_memory"])
@@ -729,7 +730,7 @@ async def restore(context: Context, acting: audit.Acting, organization_id: UUID,
         }
         try:
             async with connection.transaction():
-                await _set(connection, instance_id, changes)
+                await set_columns(connection, instance_id, changes)
         except asyncpg.UniqueViolationError as error:
             raise Conflict(
                 f"another instance has the slug {row['slug']} now; delete that one first",
@@ -745,7 +746,9 @@ async def restore(context: Context, acting: audit.Acting, organization_id: UUID,
         )
 
 
-async def _set(connection: Connection, instance_id: UUID, changes: dict[str, Any], *, wanted: bool = True) -> None:
+async def set_columns(
+    connection: Connection, instance_id: UUID, changes: dict[str, Any], *, wanted: bool = True
+) -> None:
     """Change columns; `wanted`: the steward has something to do."""
     assignments = [f"{name} = ${index + 2}" for index, name in enumerate(changes)]
     assignments.append("updated_at = now()")
@@ -790,4 +793,4 @@ async def renew_encryption(context: Context) -> None:
                 assert secret is not None
                 changes[f"{name}_encrypted"] = _encrypt(context.encryption, row["id"], name, secret)
             if changes:
-                await _set(connection, row["id"], changes, wanted=False)
+                await set_columns(connection, row["id"], changes, wanted=False)

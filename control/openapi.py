@@ -120,6 +120,9 @@ def _operation(entry: Endpoint, schemas: dict[int, Any]) -> dict[str, Any]:
             "required": any(field.required for field in msgspec.structs.fields(entry.body)),
             "content": {"application/json": {"schema": schemas[id(entry.body)]}},
         }
+    if entry.takes:
+        content = {entry.takes: {"schema": {"type": "string", "format": "binary"}}}
+        operation["requestBody"] = {"required": True, "content": content}
     if entry.permission in ("session", "admin"):
         operation["security"] = [{"session": []}]
     elif entry.permission != "public":
@@ -174,7 +177,7 @@ def _responses(entry: Endpoint, schemas: dict[int, Any]) -> dict[str, Any]:
     codes = [503]
     if entry.permission != "public":
         codes += [401, 403]
-    if entry.body is not None:
+    if entry.body is not None or entry.takes:
         codes += [400, 409, 413]
     if entry.query is not None or entry.listing:
         codes.append(400)

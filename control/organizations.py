@@ -468,6 +468,15 @@ async def hold_invitation(connection: Connection, token: str) -> UUID:
     return organization_id
 
 
+async def open_invitation(connection: Connection, token: str) -> Record | None:
+    """What a token invites to, while it is good: the organization's id and name, the e-mail address, the role."""
+    return await connection.fetchrow(
+        "SELECT o.id, o.name, i.email, i.role FROM invitations i JOIN organizations o ON o.id = i.organization_id"
+        f" WHERE i.token_digest = $1 AND {_OPEN} AND o.deleted_at IS NULL",
+        token_digest(token),
+    )
+
+
 async def accept_invitation(connection: Connection, acting: Acting, user_id: UUID, token: str) -> tuple[UUID, str]:
     """Join the organization that a token invites to; returns it, and the role there.
 

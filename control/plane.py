@@ -18,6 +18,7 @@ from control.http import Unavailable, failure
 from control.migrate import MigrationError, migrate, unreachable
 from control.usage import UsageCollector
 from redisgate import board
+from control.workers import WorkerReport
 from redisgate.access import AccessTable
 from redisgate.asgi import AsgiServer
 from redisgate.config import Settings
@@ -58,6 +59,8 @@ class Plane:
         self.usage = UsageCollector(self.context.database, access)
         self.feed = AccessFeed(access_context, access, shared, index, usage=self.usage, leases=self.leases)
         self.context.extra["usage"] = self.usage
+        self.report = WorkerReport(self.context, access, host_id(settings.state_dir), index)
+        self.context.extra["feed"] = self.feed
         busy = failure(Unavailable("too many requests are under way; try again", 1))
         self.http = AsgiServer(make_app(self.context), bytes(busy.body))
 
@@ -72,6 +75,7 @@ class Plane:
         self.leases.start()
         self.usage.start()
         self.feed.start()
+        self.report.start()
 
     def collect(self, document: Document) -> None:
         """For `redisgate.metrics`: how right the access table is."""
@@ -84,6 +88,7 @@ class Plane:
         await self.feed.stop()
         await self.usage.stop()
         await self.leases.stop()
+        await self.report.stop()
         await self._access_database.close()
         await self.context.close()
 

@@ -27,7 +27,7 @@ from control import audit
 from control.database import Connection, Database, Record
 from control.encryption import DecryptionError, Encryption
 from control.instances import secret_context, spec_of
-from control.provisioners import Found, OnStep, Provisioner, ProvisionError, Spec
+from control.provisioners import Found, LoadsSnapshots, OnStep, Provisioner, ProvisionError, Spec
 from control.provisioning import PROVISIONING
 
 MAX_CREATE_ATTEMPTS: Final = 3
@@ -60,6 +60,7 @@ class Step(enum.Enum):
     RESTART = "restart"
     UPDATE = "update"
     FORGET_PASSWORD = "forget the old password"
+    LOAD = "load a snapshot"
     STOP = "stop"
     PURGE = "purge"
 
@@ -89,6 +90,8 @@ def next_step(row: Row, now: datetime) -> Next:
         return _when_due(row, now, Step.RESTART)
     if row["status"] not in ("running", "updating"):
         return _when_due(row, now, Step.START)
+    if row["load_upload"] is not None:
+        return _when_due(row, now, Step.LOAD)
     if row["status"] == "updating" or row["observed_generation"] < row["generation"]:
         return _when_due(row, now, Step.UPDATE)
     if row["old_password_until"] is not None and row["old_password_until"] <= now:
@@ -245,6 +248,36 @@ class Reconciler:
         await self._status(row, "updating")
         await self._runs(row, "update", await provisioner.ensure(spec))
 
+    async def _load(self, row: Record, spec: Spec, provisioner: Provisioner) -> None:
+        await self._status(row, "updating")
+        assert isinstance(provisioner, LoadsSnapshots), "only instances that can load a snapshot are given one"
+        try:
+            found = await provisioner.load(spec, row["load_upload"])
+        except ProvisionError as error:
+            # Its data is as it was: it is not tried again, and the next step starts what may not run.
+            log.warning("instance %s: a snapshot was not loaded: %s", row["id"], error)
+            async with self._database.transaction() as connection:
+                await self._loaded(connection, row)
+                await self._note(connection, row, Step.LOAD.value, "failed", f"{error}; the data is as it was")
+                await audit.record(
+                    connection,
+                    self._actor,
+                    "instances.load",
+                    ("instance", row["id"]),
+                    after={"reason": str(error)},
+                    outcome="failure",
+                    organization_id=row["organization_id"],
+                )
+            self._on_step("load a snapshot: failure recorded")
+        else:
+            await self._runs(row, Step.LOAD.value, found, loaded=True)
+
+    async def _loaded(self, connection: Connection, row: Record) -> None:
+        """Nothing is to be loaded any more."""
+        await connection.execute(
+            "UPDATE instances SET load_upload = NULL WHERE id = $1 AND load_upload = $2", row["id"], row["load_upload"]
+        )
+
     async def _forget_password(self, row: Record, spec: Spec, provisioner: Provisioner) -> None:
         await self._runs(row, "forget the old password", await provisioner.ensure(spec), forgotten=True)
 
@@ -305,6 +338,7 @@ class Reconciler:
         keep_attempts: bool = False,
         restarted: bool = False,
         forgotten: bool = False,
+        loaded: bool = False,
     ) -> None:
         """Record that an instance runs as its row, as it was read, says."""
         switched = row["next_password_encrypted"] is not None
@@ -333,6 +367,8 @@ class Reconciler:
             )
             if switched:
                 await self._switch_password(connection, row)
+            if loaded:
+                await self._loaded(connection, row)
             await self._note(connection, row, step, "done", found.warning)
 
     async def _switch_password(self, connection: Connection, row: Record) -> None:
@@ -394,6 +430,7 @@ _STEPS: Final = {
     Step.RESTART: Reconciler._restart,
     Step.UPDATE: Reconciler._update,
     Step.FORGET_PASSWORD: Reconciler._forget_password,
+    Step.LOAD: Reconciler._load,
     Step.STOP: Reconciler._stop,
     Step.PURGE: Reconciler._purge,
 }

@@ -29,6 +29,8 @@ class Permission:
     description: str
     reads: bool = False
     """It changes nothing and shows no secret."""
+    people: bool = False
+    """Whoever signed in as a person may; no API key, whatever its scopes."""
 
 
 _TABLE: tuple[Permission, ...] = (
@@ -50,6 +52,8 @@ _TABLE: tuple[Permission, ...] = (
     Permission("instances.update", "member", "rename an instance, change its memory or eviction"),
     Permission("instances.status", "member", "start, stop, restart or reconcile an instance"),
     Permission("instances.credentials", "member", "see an instance's REST tokens"),
+    Permission("instances.backup", "member", "download an instance's data"),
+    Permission("instances.load", "admin", "replace an instance's data by an RDB file"),
     Permission("instances.rotate", "admin", "replace an instance's tokens and password"),
     Permission("instances.delete", "admin", "delete an instance"),
     Permission("instances.restore", "admin", "restore a deleted instance"),
@@ -58,6 +62,10 @@ _TABLE: tuple[Permission, ...] = (
     Permission("api_keys.update", "member", "rename an API key; another person's: admin"),
     Permission("api_keys.rotate", "member", "replace an API key; another person's: admin"),
     Permission("api_keys.revoke", "member", "revoke an API key; another person's: admin"),
+    Permission("console.read", "viewer", "look at an instance's data in the console", people=True),
+    Permission(
+        "console.write", "member", "change an instance's data in the console, and watch its commands", people=True
+    ),
     Permission("usage.read", "viewer", "see usage and cost", reads=True),
 )
 
@@ -89,7 +97,9 @@ def allows(role: str, permission: str, scopes: Iterable[str] | None = None) -> b
 
 def is_managing_scope(scope: str) -> bool:
     """Whether a scope of an API key speaks of managing, and of something that exists."""
-    return scope in (MANAGE, MANAGE_READ) or any(scope in (name, name.partition(".")[0] + ".*") for name in PERMISSIONS)
+    return scope in (MANAGE, MANAGE_READ) or any(
+        scope in (name, name.partition(".")[0] + ".*") for name, entry in PERMISSIONS.items() if not entry.people
+    )
 
 
 def may_grant(own: str, role: str) -> bool:
@@ -98,6 +108,8 @@ def may_grant(own: str, role: str) -> bool:
 
 
 def _covers(scope: str, permission: Permission) -> bool:
+    if permission.people:
+        return False
     if scope == MANAGE or scope == permission.name:
         return True
     if scope == MANAGE_READ:

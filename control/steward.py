@@ -56,6 +56,7 @@ MODULES_WITH_DUTIES: Final = (
     "control.usage",
     "control.instances",
     "control.provisioning",
+    "control.workers",
 )
 
 log = logging.getLogger(__name__)

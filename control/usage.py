@@ -15,7 +15,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -54,6 +54,19 @@ LEAST_HOURS: Final = timedelta(days=3)
 MAX_POINTS: Final = 1500
 """In one series."""
 SAMPLES_KEPT: Final = timedelta(days=30)
+MAX_COMMANDS: Final = 200
+"""Of one instance whose calls are counted: those that ran most."""
+COMMANDS_STEP: Final = timedelta(minutes=10)
+"""In which calls of commands are summed."""
+OWN_COMMANDS: Final = frozenset({"auth", "client", "hello", "info", "ping"})
+"""What every connection needs for itself is not counted among an instance's commands."""
+COUNTERS: Final = {
+    "hits": "keyspace_hits",
+    "misses": "keyspace_misses",
+    "evicted": "evicted_keys",
+    "expired": "expired_keys",
+}
+"""What is kept of what servers count, by INFO's names."""
 
 NO_KEY: Final = UUID(int=0)
 STEPS: Final = {"minute": timedelta(minutes=1), "hour": timedelta(hours=1), "day": timedelta(days=1)}
@@ -295,16 +308,21 @@ def _without_zeros(latency: Sequence[int]) -> Sequence[int]:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What INFO says; memory in bytes."""
+    """What INFO says; memory in bytes. Counters go from the server's start, which `run_id` tells apart."""
 
     keys: int
     memory: int
     connections: int
+    run_id: str = ""
+    counters: Mapping[str, int] = field(default_factory=dict)
+    """By the names of COUNTERS."""
+    commands: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Calls, microseconds and failed calls by the command's name in small letters."""
 
 
 async def _look(pool: Pool, database: int) -> Sample:
     """Raises RespError, ValueError."""
-    reply = await pool.call(b"INFO")
+    reply = await pool.call(b"INFO", b"all")
     if not isinstance(reply, bytes):
         raise ValueError("INFO was refused")
     info = dict(line.split(":", 1) for line in reply.decode("utf-8", "replace").splitlines() if ":" in line)
@@ -313,7 +331,22 @@ async def _look(pool: Pool, database: int) -> Sample:
         _number(keyspace.get("keys"), _MOST_BIGINT),
         _number(info.get("used_memory"), _MOST_BIGINT),
         _number(info.get("connected_clients"), _MOST_INT),
+        info.get("run_id", "")[:100],
+        {name: _number(info.get(theirs), _MOST_BIGINT) for name, theirs in COUNTERS.items()},
+        _commands(info),
     )
+
+
+def _commands(info: Mapping[str, str]) -> dict[str, list[int]]:
+    """The commands that ran most, from INFO's lines. Raises ValueError."""
+    found: dict[str, list[int]] = {}
+    for line, text in info.items():
+        name = line.removeprefix("cmdstat_").lower()
+        if name == line.lower() or "\0" in name or name.partition("|")[0] in OWN_COMMANDS:
+            continue
+        stats = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+        found[name[:100]] = [_number(stats.get(part), _MOST_BIGINT) for part in ("calls", "usec", "failed_calls")]
+    return dict(sorted(found.items(), key=lambda item: -item[1][0])[:MAX_COMMANDS])
 
 
 def _number(text: str | None, most: int) -> int:
@@ -346,19 +379,87 @@ async def look_at(
 
 
 async def _keep_samples(database: Database, samples: Sequence[tuple[UUID, Sample]]) -> None:
+    """Keep what each shows, and what its server has counted since the sample before."""
     if not samples:
         return
-    # One per instance and minute, whoever of the workers and the steward is first.
-    await database.execute(
-        "INSERT INTO instance_samples (instance_id, at, keys, memory, connections)"
-        " SELECT n.id, date_trunc('minute', now()), n.keys, n.memory, n.connections"
-        " FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::int[]) AS n (id, keys, memory, connections)"
-        " WHERE EXISTS (SELECT FROM instances i WHERE i.id = n.id) ON CONFLICT DO NOTHING",
-        [instance_id for instance_id, _ in samples],
-        [sample.keys for _, sample in samples],
-        [sample.memory for _, sample in samples],
-        [sample.connections for _, sample in samples],
+    by_id = dict(samples)
+    async with database.transaction() as connection:
+        await connection.execute(
+            "INSERT INTO instance_counters (instance_id) SELECT id FROM instances WHERE id = ANY ($1) ORDER BY id"
+            " ON CONFLICT DO NOTHING",
+            list(by_id),
+        )
+        # One per instance and minute, whoever of the workers and the steward is first.
+        before = await connection.fetch(
+            "SELECT * FROM instance_counters WHERE instance_id = ANY ($1) AND sampled_at < date_trunc('minute', now())"
+            " ORDER BY instance_id FOR UPDATE",
+            list(by_id),
+        )
+        if before:
+            await _keep(connection, [(row, by_id[row["instance_id"]]) for row in before])
+
+
+async def _keep(connection: Connection, pairs: Sequence[tuple[Record, Sample]]) -> None:
+    """Write samples, each beside what was counted before it."""
+    ids = [row["instance_id"] for row, _ in pairs]
+    grown = [_grown(row, sample) for row, sample in pairs]
+    await connection.execute(
+        f"INSERT INTO instance_samples (instance_id, at, keys, memory, connections, {', '.join(COUNTERS)})"
+        " SELECT n.id, date_trunc('minute', now()), n.keys, n.memory, n.connections, n.a, n.b, n.c, n.d"
+        " FROM unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::int[], $5::bigint[], $6::bigint[], $7::bigint[],"
+        " $8::bigint[]) AS n (id, keys, memory, connections, a, b, c, d) ON CONFLICT DO NOTHING",
+        ids,
+        [sample.keys for _, sample in pairs],
+        [sample.memory for _, sample in pairs],
+        [sample.connections for _, sample in pairs],
+        *([counters[name] for counters, _ in grown] for name in COUNTERS),
     )
+    commands = [
+        (instance_id, name, *counted)
+        for instance_id, (_, more) in zip(ids, grown, strict=True)
+        for name, counted in sorted(more.items())
+    ]
+    if commands:
+        await connection.execute(
+            "INSERT INTO instance_commands AS c (instance_id, at, command, calls, micros, failed)"
+            " SELECT n.id, date_bin($1, now(), 'epoch'), n.command, n.calls, n.micros, n.failed"
+            " FROM unnest($2::uuid[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[])"
+            " AS n (id, command, calls, micros, failed) ON CONFLICT (instance_id, at, command) DO UPDATE SET"
+            " calls = c.calls + excluded.calls, micros = c.micros + excluded.micros,"
+            " failed = c.failed + excluded.failed",
+            COMMANDS_STEP,
+            *(list(column) for column in zip(*commands, strict=True)),
+        )
+    await connection.execute(
+        "UPDATE instance_counters c SET run_id = n.run_id, sampled_at = now(), counters = n.counters,"
+        " commands = n.commands FROM unnest($1::uuid[], $2::text[], $3::jsonb[], $4::jsonb[])"
+        " AS n (id, run_id, counters, commands) WHERE c.instance_id = n.id",
+        ids,
+        [sample.run_id for _, sample in pairs],
+        [dict(sample.counters) for _, sample in pairs],
+        [dict(sample.commands) for _, sample in pairs],
+    )
+
+
+def _grown(before: Record, sample: Sample) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """By how much counters grew, and each command that ran; of a server that is looked at first, nothing is known."""
+    counters, commands = dict.fromkeys(COUNTERS, 0), {}
+    if before["run_id"] is None:
+        return counters, {}
+    same = before["run_id"] == sample.run_id
+    for name in COUNTERS:
+        counters[name] = _since(sample.counters.get(name, 0), before["counters"].get(name, 0) if same else 0)
+    for name, now in sample.commands.items():
+        then = before["commands"].get(name, (0, 0, 0)) if same else (0, 0, 0)
+        grown = [_since(one, other) for one, other in zip(now, then, strict=True)]
+        if grown[0]:
+            commands[name] = grown
+    return counters, commands
+
+
+def _since(now: int, then: int) -> int:
+    """What came to a counter, which somebody may have set back."""
+    return now - then if now >= then else now
 
 
 @duty("samples of instances", every=SAMPLE_SECONDS)
@@ -429,6 +530,7 @@ async def purge(context: Context) -> None:
     for step, kept in retention(context.settings).items():
         await context.database.execute("DELETE FROM usage WHERE step = $1 AND at < $2", step, now - kept)
     await context.database.execute("DELETE FROM instance_samples WHERE at < $1", now - SAMPLES_KEPT)
+    await context.database.execute("DELETE FROM instance_commands WHERE at < $1", now - SAMPLES_KEPT)
     await context.database.execute("DELETE FROM usage_writers WHERE seen_at < $1", now - timedelta(days=2))
     await context.database.execute("DELETE FROM daily_leases WHERE day < $1", (now - timedelta(days=2)).date())
     await context.database.execute("DELETE FROM access_changes WHERE at < $1", now - timedelta(hours=1))
@@ -505,8 +607,8 @@ async def series(
     if instance_id is not None:
         samples = await connection.fetch(
             "SELECT date_trunc($2, at, 'UTC') AS at, max(keys) AS keys, max(memory) AS memory,"
-            " max(connections) AS connections FROM instance_samples WHERE instance_id = $1 AND at >= $3 AND at < $4"
-            " GROUP BY 1",
+            f" max(connections) AS connections, {sums_of_counters()} FROM instance_samples WHERE instance_id = $1"
+            " AND at >= $3 AND at < $4 GROUP BY 1",
             instance_id,
             step,
             start,
@@ -515,7 +617,7 @@ async def series(
         nothing = _shown(dict.fromkeys(COUNTS, 0) | {"latency": []}, settings)
         for row in samples:
             points.setdefault(row["at"], nothing | {"at": row["at"]}).update(
-                keys=row["keys"], memory=row["memory"], connections=row["connections"]
+                {name: row[name] for name in ("keys", "memory", "connections", *COUNTERS)}
             )
     total: dict[str, Any] = {name: sum(row[name] for row in rows) for name in COUNTS}
     total["latency"] = _sum([row["latency"] for row in rows])
@@ -527,6 +629,11 @@ async def series(
         "total": _shown(total, settings),
         "series": [points[at] for at in sorted(points)],
     }
+
+
+def sums_of_counters() -> str:
+    """The columns that add up what samples counted."""
+    return ", ".join(f"sum({name})::bigint AS {name}" for name in COUNTERS)
 
 
 async def costs(

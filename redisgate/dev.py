@@ -319,11 +319,12 @@ def _greet_all(settings: Settings, binary: _Binary, data: Path, demo: "Demo", ow
         f"""
 RedisGate is ready.
 
-  API              {url}/docs
+  Dashboard        {url}
   Sign in          {demo.email} / {demo.password}
   Organization     {demo.organization_id}
   Instance         {demo.instance_id} ({demo.status})
   API key          {demo.api_key}
+  API reference    {url}/docs
 
   Address          {url}
   Token            {demo.token}

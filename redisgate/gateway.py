@@ -17,7 +17,7 @@ from redisgate.access import UNAUTHORIZED, AccessTable, Backend, Grant, Instance
 from redisgate.config import Settings
 from redisgate.counters import COMMAND, WORKER, Series
 from redisgate.exchange import RETRY_AFTER, Exchange, PipelineExchange, TransactionExchange
-from redisgate.http_head import Head
+from redisgate.http_head import Head, header_fields
 from redisgate.http_protocol import ALLOW, HttpConnection
 from redisgate.peers import Peers
 from redisgate.policy import Rule
@@ -743,6 +743,11 @@ class Gateway:
         )
 
     def _welcome(self, connection: HttpConnection, method: bytes, head: Head) -> None:
+        if self._control is not None and any(
+            name == b"accept" and b"text/html" in value for name, value in header_fields(head)
+        ):
+            self._control.handle(connection, method, b"/", b"", head, b"")  # a person with a browser
+            return
         Exchange(connection, head, method).respond(
             200,
             b'{"name":"RedisGate","version":%b,"message":"Redis over HTTP. Send commands to this address with an'

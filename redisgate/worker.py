@@ -166,6 +166,7 @@ async def serve(settings: Settings, sock: socket.socket, index: int, shared: Sha
     gc.collect()
     gc.freeze()
     if plane is not None:
+        plane.context.extra["http"] = http
         await plane.start()
     if follower is not None:
         await follower.start()

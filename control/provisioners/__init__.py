@@ -7,7 +7,7 @@ find again. What is wanted, what was recorded and when to try again is the recon
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 from uuid import UUID
 
 GATEWAY_USER: Final = "gateway"
@@ -98,6 +98,19 @@ class Provisioner(Protocol):
 
         Raises:
             ProvisionError: something is left.
+        """
+        ...
+
+
+@runtime_checkable
+class LoadsSnapshots(Protocol):
+    """A provisioner whose instances' data can be replaced by that of a snapshot (an RDB file)."""
+
+    async def load(self, spec: Spec, upload: UUID) -> Found:
+        """Replace an instance's data by that of an upload, which is removed. The old data is kept until the new runs.
+
+        Raises:
+            ProvisionError: the data is as it was; the instance may have been stopped meanwhile.
         """
         ...
 

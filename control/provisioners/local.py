@@ -5,6 +5,8 @@
                          lock         held by the process as long as it lives
                          redis.log
                          data/        its working directory: the socket, the append-only file, snapshots
+                         data.old/    while a snapshot is loaded: what was there before
+                         loaded       the id of the upload that was loaded last
 
 Whether it runs is told by the lock alone: the process inherits it locked, and the kernel lets go of it when the last
 of its processes ends. So a second redis-server never writes to the same data, and whoever was killed between starting
@@ -38,6 +40,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from uuid import UUID
 
 from control.provisioners import ADMIN_USER, GATEWAY_USER, Found, OnStep, ProvisionError, Spec, version_matches
+from control.provisioners.snapshots import examine, upload_path
 from redisgate.config import ConfigError
 from resp.address import Address
 from resp.connection import Connection, FutureWaiter, connect
@@ -156,11 +159,14 @@ def _in_thread(function: Callable[P, T]) -> Callable[P, Any]:
 class _Home:
     """The folder of one instance, and the process that lives in it."""
 
-    __slots__ = ("data", "path")
+    __slots__ = ("data", "new", "old", "path")
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.data = path / "data"
+        # Beside it while a snapshot is loaded: what is to come, and what there was.
+        self.new = path / "data.new"
+        self.old = path / "data.old"
 
     def exists(self) -> bool:
         return self.path.is_dir()
@@ -168,6 +174,7 @@ class _Home:
     def make(self, configuration: str, identity: tuple[int, int] | None) -> None:
         """The folders and the configuration, as they should be."""
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.mend()
         self.data.mkdir(exist_ok=True, mode=0o700)
         if identity is not None and os.geteuid() == 0:
             # Not the files in it: they are its own already, or what somebody put there.
@@ -260,6 +267,75 @@ class _Home:
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.path)
 
+    # Loading a snapshot
+
+    def loaded(self) -> str:
+        """The id of the upload that was loaded last."""
+        return self._note("loaded")
+
+    def _note(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text()
+        except FileNotFoundError:
+            return ""
+
+    def mend(self) -> None:
+        """Put the data back if somebody was ended between the two steps of `swap`."""
+        if self.old.exists() and not self.data.exists():
+            self.old.rename(self.data)
+
+    def is_swapped(self, upload: UUID) -> bool:
+        """Whether an upload's data is in its place already, and not yet known to run."""
+        self.mend()
+        if self._note("loading") == str(upload):
+            return self.old.exists()
+        _remove_folder(self.old)  # of a loading that was over
+        return False
+
+    def prepare(self, upload: Path, server: Server, persistence: bool) -> None:
+        """Make the folder of an upload's data, after a look at it. Raises ProvisionError."""
+        _remove_folder(self.new)
+        self.new.mkdir(mode=0o700)
+        # An append-only file may begin with a snapshot, and a snapshot alone is one; Redis 7 makes its folder from it.
+        name = "appendonly.aof" if persistence else "dump.rdb"
+        shutil.copyfile(upload, self.new / name)
+        os.chmod(self.new / name, 0o600)
+        if server.identity is not None and os.geteuid() == 0:
+            for path in (self.new, self.new / name):
+                os.chown(path, *server.identity)
+        examine(server.path, self.new, name, server.identity)
+
+    def swap(self, upload: UUID) -> None:
+        """Put what was prepared in the place of the data, which is kept. Nothing of it may run."""
+        (self.path / "loading").write_text(str(upload))
+        self.data.rename(self.old)
+        self.new.rename(self.data)
+
+    def swap_back(self) -> None:
+        """Put the old data back."""
+        if self.old.exists():
+            _remove_folder(self.data)
+            self.old.rename(self.data)
+
+    def keep(self, upload: UUID, dump: bool) -> None:
+        """What was loaded is the data now; there is no way back. `dump`: the instance has snapshots on disk."""
+        (self.path / "loaded").write_text(str(upload))
+        if not dump:
+            (self.data / "dump.rdb").unlink(missing_ok=True)  # else a restart would bring it back
+
+    def clean(self, upload: UUID) -> None:
+        """Remove what a loading needed, as far as that can be done."""
+        with contextlib.suppress(OSError):
+            upload_path(self.path, upload).unlink(missing_ok=True)
+            (self.path / "loading").unlink(missing_ok=True)
+            _remove_folder(self.new)
+            _remove_folder(self.old)
+
+
+def _remove_folder(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
 
 class LocalProvisioner:
     """Runs instances on this host; one per host, in the steward."""
@@ -349,6 +425,38 @@ class LocalProvisioner:
             log.warning("instance %s did not stop within %g s; killed", spec.id, STOP_SECONDS)
             await self._kill(home)
         self._on_step("stopped")
+
+    async def load(self, spec: Spec, upload: UUID) -> Found:
+        """See `LoadsSnapshots.load`."""
+        home = self._home(spec.id)
+        if await asyncio.to_thread(home.loaded) != str(upload):
+            try:
+                await self._replace_data(home, spec, upload)
+            except (ProvisionError, OSError) as error:
+                await self._put_back(home, spec)
+                await asyncio.to_thread(home.clean, upload)
+                reason = str(error) if isinstance(error, ProvisionError) else f"this host cannot: {error.strerror}"
+                raise ProvisionError(reason, permanent=True) from error
+        await asyncio.to_thread(home.clean, upload)
+        return await self.ensure(spec)
+
+    async def _replace_data(self, home: _Home, spec: Spec, upload: UUID) -> None:
+        if not await asyncio.to_thread(home.is_swapped, upload):
+            server = self._choose(spec.redis_version)
+            await asyncio.to_thread(home.prepare, upload_path(home.path, upload), server, spec.persistence)
+            self._on_step("snapshot checked")
+            await self.stop(spec)
+            await asyncio.to_thread(home.swap, upload)
+            self._on_step("snapshot in place")
+        await self.ensure(spec)
+        await asyncio.to_thread(home.keep, upload, spec.persistence or spec.backup)
+        self._on_step("snapshot loaded")
+
+    async def _put_back(self, home: _Home, spec: Spec) -> None:
+        if await asyncio.to_thread(home.old.exists):
+            self._forget(spec.id)
+            await self._kill(home)
+            await asyncio.to_thread(home.swap_back)
 
     async def destroy(self, spec: Spec) -> None:
         """See `Provisioner.destroy`."""

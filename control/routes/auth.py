@@ -1,7 +1,7 @@
 """Accounts over HTTP: register, sign in, sessions, profile, passwords."""
 
 from datetime import datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 import msgspec
@@ -84,7 +84,7 @@ class Registered(msgspec.Struct):
     tags=TAGS,
     message="registered; sign in with POST /auth/login",
 )
-async def register(request: ApiRequest, body: Register) -> object:
+async def register(request: ApiRequest, body: Register) -> dict[str, Any]:
     """Make an account, and an organization that it owns."""
     context = request.context
     if not context.settings.registration and body.invitation is None:
@@ -144,7 +144,7 @@ class Session(msgspec.Struct):
     tags=TAGS,
     message="signed in",
 )
-async def login(request: ApiRequest, body: Login) -> object:
+async def login(request: ApiRequest, body: Login) -> Reply:
     """Begin a session. Its token goes into `Authorization: Bearer …`; a browser keeps it as a cookie."""
     signed_in = await accounts.sign_in(
         request.context,
@@ -192,7 +192,7 @@ async def _newest_api_key(connection: Connection, organization_id: UUID) -> dict
 
 
 @endpoint("POST", "/auth/logout", permission="session", summary="Sign out", tags=TAGS, message="signed out")
-async def logout(request: ApiRequest) -> object:
+async def logout(request: ApiRequest) -> Reply:
     """End this session: its token is refused from now on."""
     assert request.principal.session_id is not None
     async with request.context.database.transaction() as connection:

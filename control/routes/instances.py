@@ -6,8 +6,8 @@ from uuid import UUID
 
 import msgspec
 
-from control import instances
-from control.http import ApiRequest, Forbidden, NotFound, Reply, endpoint, page
+from control import backups, instances
+from control.http import ApiRequest, BadRequest, Forbidden, NotFound, Reply, endpoint, page
 from control.instances import ChangeStatus, CreateInstance, RotateCredentials, UpdateInstance
 
 _PATH = "/api/organizations/{org_id}/redis-instances"
@@ -76,6 +76,14 @@ class InstanceWithSteps(Instance, kw_only=True):
     """An instance, and what was done to bring it about, the newest first."""
 
     steps: list[TakenStep]
+
+
+class Loading(msgspec.Struct):
+    """How far an upload is, in bytes; `loaded`: the instance runs with its data."""
+
+    arrived: int
+    total: int
+    loaded: bool = False
 
 
 class ListInstances(msgspec.Struct):
@@ -269,6 +277,48 @@ async def restore(request: ApiRequest) -> object:
     await instances.restore(request.context, request, request.organization_id, instance_id)
     data = await _settled(request, instance_id)
     return Reply(data, _told(data, "the instance is running again"))
+
+
+@endpoint(
+    "GET",
+    _PATH + "/{instance_id}/snapshot",
+    permission="instances.backup",
+    summary="Download an instance's data",
+    tags=_TAGS,
+    content_type="application/octet-stream",
+)
+async def snapshot(request: ApiRequest) -> object:
+    """As an RDB file, of one moment; a running instance that RedisGate runs itself. The instance goes on working."""
+    return await backups.hand_out(request.context, request, request.organization_id, request.path["instance_id"])
+
+
+@endpoint(
+    "PUT",
+    _PATH + "/{instance_id}/snapshot",
+    permission="instances.load",
+    response=Loading,
+    summary="Replace an instance's data",
+    tags=_TAGS,
+    takes="application/octet-stream",
+)
+async def load_snapshot(request: ApiRequest) -> object:
+    """The body is an RDB file, or a part of one with `Content-Range: bytes 0-4194303/9000000`: parts follow each other,
+    each of at most `max_body_bytes`, and are answered 202 until the last. It is checked before anything is changed. The
+    instance stops for as long as loading takes; if it does not run with the new data, it gets the old back.
+    """
+    instance_id, context = request.path["instance_id"], request.context
+    part = backups.read_part(await request.raw.body(), request.raw.headers.get("content-range"))
+    arrived = part.start + len(part.content)
+    if not await backups.take_in(context, request, request.organization_id, instance_id, part):
+        return Reply(Loading(arrived, part.total), f"{arrived} of {part.total} bytes have arrived", 202)
+    generation = await context.database.fetchval("SELECT generation FROM instances WHERE id = $1", instance_id)
+    row = await instances.wait_until_settled(context.database, instance_id)
+    failure = await backups.how_it_went(context, instance_id, generation)
+    if failure is not None:
+        raise BadRequest(f"the snapshot was not loaded: {failure}", {"snapshot": failure})
+    if row is None or row["load_upload"] is not None:
+        return Reply(Loading(arrived, part.total), "it is being loaded; the instance's steps tell when it is", 202)
+    return Reply(Loading(arrived, part.total, loaded=True), "the instance runs with the data of the snapshot")
 
 
 async def _settled(request: ApiRequest, instance_id: UUID) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Organizations, members and invitations over HTTP."""
 
 from datetime import datetime, timedelta
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import UUID
 
 import msgspec
@@ -399,7 +399,7 @@ class Joined(msgspec.Struct):
     tags=MEMBERS,
     message="welcome",
 )
-async def accept_invitation(request: ApiRequest, body: AcceptInvitation) -> object:
+async def accept_invitation(request: ApiRequest, body: AcceptInvitation) -> dict[str, Any]:
     """Join the organization. Who accepts is signed in with the e-mail address that was invited."""
     async with request.context.database.transaction() as connection:
         organization_id, role = await organizations.accept_invitation(connection, request, request.user_id, body.token)

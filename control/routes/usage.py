@@ -8,7 +8,7 @@ from uuid import UUID
 
 import msgspec
 
-from control import api_keys, instances, usage
+from control import activity, api_keys, instances, usage
 from control.http import ApiRequest, BadRequest, Forbidden, endpoint
 from redisgate.access import AccessTable, Instance
 from resp.errors import RespError
@@ -60,12 +60,19 @@ class Used(msgspec.Struct):
 
 
 class Point(Used, kw_only=True):
-    """One minute, hour or day; keys, memory (bytes) and connections are the highest that were seen in it."""
+    """One minute, hour or day; keys, memory (bytes) and connections are the highest that were seen in it.
+
+    Hits and misses of lookups, evicted and expired keys are as the instance's server counted them.
+    """
 
     at: datetime
     keys: int | None = None
     memory: int | None = None
     connections: int | None = None
+    hits: int | None = None
+    misses: int | None = None
+    evicted: int | None = None
+    expired: int | None = None
 
 
 class Series(msgspec.Struct):
@@ -77,6 +84,28 @@ class Series(msgspec.Struct):
     retention_seconds: int
     total: Used
     series: list[Point]
+
+
+class CommandsQuery(msgspec.Struct):
+    """How far back."""
+
+    span: Literal["1h", "24h", "7d", "30d"] = "24h"
+
+
+class Command(msgspec.Struct):
+    """How often a command ran, and how long it took in the server on average, in microseconds."""
+
+    command: str
+    calls: int
+    failed: int
+    mean_micros: float
+
+
+class TopCommands(msgspec.Struct):
+    """The commands that ran most since `from`, to ten minutes."""
+
+    from_: datetime = msgspec.field(name="from")
+    commands: list[Command]
 
 
 class CostItem(msgspec.Struct):
@@ -188,6 +217,28 @@ async def _series(
         instance_id=instance_id,
         api_key_id=api_key_id,
     )
+
+
+@endpoint(
+    "GET",
+    _INSTANCE + "/commands",
+    permission="usage.read",
+    query=CommandsQuery,
+    response=TopCommands,
+    summary="See which commands an instance runs most",
+    tags=_TAGS,
+)
+async def commands(request: ApiRequest) -> object:
+    """As its server counts them, once a minute: also those that did not come through the gateway, each command of a
+    script, pipeline or transaction by itself.
+    """
+    wanted: CommandsQuery = request.parameters
+    instance_id = request.path["instance_id"]
+    start = request.context.now() - activity.SPANS[wanted.span].length
+    async with request.context.database.connection() as connection:
+        await instances.find(connection, request.organization_id, instance_id, deleted=None)
+        found = await activity.top_commands(connection, instance_id, start)
+    return {"from": start, "commands": found}
 
 
 @endpoint(

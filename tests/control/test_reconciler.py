@@ -3,6 +3,7 @@
 import itertools
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -22,6 +23,7 @@ COLUMNS: dict[str, list[Any]] = {
     "observed_generation": [1, 2],
     "restarts_wanted": [1],
     "restarts_done": [0, 1],
+    "load_upload": [None, UUID(int=1)],
     "old_password_until": [None, PAST, FUTURE],
     "purge_at": [None, PAST, FUTURE],
 }
@@ -73,6 +75,9 @@ def test_whoever_waits_is_looked_at_again_and_nobody_is_tried_before_the_time() 
         ({"status": "updating"}, Step.UPDATE),
         ({"observed_generation": 1}, Step.UPDATE),
         ({"restarts_done": 0}, Step.RESTART),
+        ({"load_upload": UUID(int=1)}, Step.LOAD),
+        ({"load_upload": UUID(int=1), "status": "error"}, Step.START),
+        ({"load_upload": UUID(int=1), "desired_state": "stopped"}, Step.STOP),
         ({"old_password_until": PAST}, Step.FORGET_PASSWORD),
         ({}, Step.CHECK),
         ({"desired_state": "stopped"}, Step.STOP),
@@ -95,6 +100,7 @@ def test_the_step_that_a_row_needs(changes: dict[str, Any], step: Step) -> None:
         "observed_generation": 2,
         "restarts_wanted": 1,
         "restarts_done": 1,
+        "load_upload": None,
         "old_password_until": None,
         "purge_at": None,
     }

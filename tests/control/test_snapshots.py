@@ -1,0 +1,326 @@
+"""Snapshots of local instances: taken from a live server, loaded into another, and put back when that fails."""
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+import shutil
+import tempfile
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from control.provisioners import ADMIN_USER, Found, ProvisionError, Spec
+from control.provisioners.local import LocalProvisioner, stop_everything
+from control.provisioners.snapshots import CHUNK_BYTES, WrongPart, receive, take, upload_path
+from resp.address import Address
+from tests.control.conftest import Service
+from tests.control.service import Api, register
+from tests.control.test_local import SERVERS, call, make_spec
+from tests.http import Client
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+async def folder() -> AsyncIterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="rgs"))
+    yield path
+    await asyncio.to_thread(stop_everything, path)
+    shutil.rmtree(path)
+
+
+class Crash(BaseException):
+    """The steward is ended here."""
+
+
+class Local:
+    """A provisioner that can be ended after any of its steps, and another one in its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.crash_at: str | None = None
+        self.provisioner = self._new()
+
+    def _new(self) -> LocalProvisioner:
+        return LocalProvisioner(self.folder, SERVERS, any_version=True, on_step=self._on_step)
+
+    def _on_step(self, step: str) -> None:
+        if step == self.crash_at:
+            self.crash_at = None
+            raise Crash
+
+    async def load_through_a_crash(self, spec: Spec, upload: uuid.UUID, at: str) -> Found:
+        self.crash_at = at
+        with pytest.raises(Crash):
+            await self.provisioner.load(spec, upload)
+        self.provisioner.close()
+        self.provisioner = self._new()
+        return await self.provisioner.load(spec, upload)
+
+
+@pytest.fixture
+async def local(folder: Path) -> AsyncIterator[Local]:
+    local = Local(folder)
+    yield local
+    local.provisioner.close()
+
+
+async def snapshot_of(spec: Spec, found: Found) -> bytes:
+    address = Address(path=found.endpoint["unix"], username=ADMIN_USER, password=spec.admin_password or "")
+    return b"".join([chunk async for chunk in take(address)])
+
+
+def upload(folder: Path, spec: Spec, content: bytes) -> uuid.UUID:
+    found = receive(folder / str(spec.id), 0, content, len(content))
+    assert found is not None
+    return found
+
+
+async def source(local: Local) -> bytes:
+    """The snapshot of an instance with a key of each kind."""
+    spec = make_spec()
+    found = await local.provisioner.ensure(spec)
+    await call(found, "SET", "text", "from the snapshot")
+    await call(found, "SET", "gone", "later", "EX", "100")
+    await call(found, "RPUSH", "list", "1", "2")
+    await call(found, "XADD", "stream", "1-1", "field", "value")
+    await call(found, "SET", "large", "x" * (3 * CHUNK_BYTES))
+    return await snapshot_of(spec, found)
+
+
+async def test_a_snapshot_is_whole_and_of_one_moment(local: Local, folder: Path) -> None:
+    data = await source(local)
+    assert data.startswith(b"REDIS")
+    path = folder / "taken.rdb"
+    path.write_bytes(data)
+    check = await asyncio.create_subprocess_exec(
+        "redis-check-rdb", str(path), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await check.communicate()
+    assert check.returncode == 0, output
+    assert b"5 keys read" in output
+
+
+async def test_an_instance_without_data_has_a_snapshot_too(local: Local) -> None:
+    spec = make_spec(persistence=False)
+    found = await local.provisioner.ensure(spec)
+    first = await snapshot_of(spec, found)
+    assert first.startswith(b"REDIS")
+    assert len(await snapshot_of(spec, found)) == len(first)  # the second at once: none waits for another replica
+
+
+@pytest.mark.parametrize("persistence", [True, False], ids=["append-only", "memory alone"])
+async def test_loading_replaces_the_data_and_lasts_as_long_as_other_data(
+    local: Local, folder: Path, persistence: bool
+) -> None:
+    data = await source(local)
+    spec = make_spec(persistence=persistence)
+    await call(await local.provisioner.ensure(spec), "SET", "before", "1")
+    found = await local.provisioner.load(spec, upload(folder, spec, data))
+    assert await call(found, "GET", "text") == "from the snapshot"
+    assert await call(found, "EXISTS", "before") == 0
+    assert 0 < await call(found, "TTL", "gone") <= 100
+    assert await call(found, "SET", "after", "2") == "OK"
+    await local.provisioner.stop(spec)
+    found = await local.provisioner.ensure(spec)
+    assert await call(found, "MGET", "text", "after") == (["from the snapshot", "2"] if persistence else [None, None])
+    assert sorted(path.name for path in (folder / str(spec.id)).iterdir() if path.is_dir()) == ["data"]
+    assert not list((folder / str(spec.id)).glob("*.rdb"))
+
+
+def damaged(data: bytes) -> bytes:
+    return data[: len(data) // 2] + b"\xff\xfe" + data[len(data) // 2 + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda data: b"REDIS, not really", "Can't handle RDB format version|no snapshot"),
+        (lambda data: data[:-20], "no snapshot"),
+        (damaged, "no snapshot"),
+        (lambda data: b"REDIS9999" + data[9:], "Can't handle RDB format version 9999"),
+    ],
+    ids=["no RDB", "cut off", "damaged", "from the future"],
+)
+async def test_what_is_no_good_snapshot_changes_nothing(local: Local, folder: Path, change: Any, reason: str) -> None:
+    data = change(await source(local))
+    spec = make_spec()
+    first = await local.provisioner.ensure(spec)
+    await call(first, "SET", "before", "1")
+    with pytest.raises(ProvisionError, match=reason) as caught:
+        await local.provisioner.load(spec, upload(folder, spec, data))
+    assert caught.value.permanent
+    assert str(folder) not in str(caught.value)
+    assert await local.provisioner.alive(dataclasses.replace(spec, process=first.process)) is None  # never stopped
+    assert await call(first, "GET", "before") == "1"
+
+
+async def test_what_the_server_does_not_load_is_put_back(local: Local, folder: Path, tmp_path: Path) -> None:
+    data = await _of_two_databases(tmp_path)
+    spec = make_spec()
+    await call(await local.provisioner.ensure(spec), "SET", "before", "1")
+    with pytest.raises(ProvisionError, match="ended at once"):
+        await local.provisioner.load(spec, upload(folder, spec, data))
+    found = await local.provisioner.ensure(spec)
+    assert await call(found, "GET", "before") == "1"
+    assert sorted(path.name for path in (folder / str(spec.id)).iterdir() if path.is_dir()) == ["data"]
+
+
+async def _of_two_databases(folder: Path) -> bytes:
+    """A good snapshot that an instance, which has one database, cannot load."""
+    socket = folder / "redis.sock"
+    process = await asyncio.create_subprocess_exec(
+        *("redis-server", "--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", ""),
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(OSError):
+                    reader, writer = await asyncio.open_unix_connection(str(socket))
+                    break
+                await asyncio.sleep(0.01)
+            writer.write(b"SELECT 3\r\nSET other 1\r\nSAVE\r\n")
+            assert [await reader.readline() for _ in range(3)] == [b"+OK\r\n"] * 3
+            writer.close()
+        return (folder / "dump.rdb").read_bytes()
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@pytest.mark.parametrize(
+    "step", ["snapshot checked", "stopped", "snapshot in place", "prepared", "started", "adjusted", "snapshot loaded"]
+)
+async def test_a_loading_that_was_cut_off_is_finished(local: Local, folder: Path, step: str) -> None:
+    data = await source(local)
+    spec = make_spec()
+    await call(await local.provisioner.ensure(spec), "SET", "before", "1")
+    found = await local.load_through_a_crash(spec, upload(folder, spec, data), step)
+    assert await call(found, "GET", "text") == "from the snapshot"
+    assert await call(found, "EXISTS", "before") == 0
+
+
+async def test_between_the_two_renames_the_data_is_found_again(local: Local, folder: Path) -> None:
+    data = await source(local)
+    spec = make_spec()
+    await call(await local.provisioner.ensure(spec), "SET", "before", "1")
+    chosen = upload(folder, spec, data)
+    local.crash_at = "stopped"
+    with pytest.raises(Crash):
+        await local.provisioner.load(spec, chosen)
+    home = folder / str(spec.id)
+    (home / "loading").write_text(str(chosen))
+    (home / "data").rename(home / "data.old")
+    found = await local.provisioner.ensure(spec)  # PostgreSQL is away: it is started as it was
+    assert await call(found, "GET", "before") == "1"
+    found = await local.provisioner.load(spec, chosen)
+    assert await call(found, "GET", "text") == "from the snapshot"
+
+
+def test_parts_follow_each_other(tmp_path: Path) -> None:
+    assert receive(tmp_path, 0, b"REDIS00", 12) is None
+    with pytest.raises(WrongPart) as caught:
+        receive(tmp_path, 9, b"x", 12)
+    assert caught.value.arrived == 7
+    assert receive(tmp_path, 0, b"REDIS", 12) is None  # anew
+    assert receive(tmp_path, 5, b"0009", 12) is None
+    first = receive(tmp_path, 9, b"end", 12)
+    assert first is not None
+    assert upload_path(tmp_path, first).read_bytes() == b"REDIS0009end"
+    second = receive(tmp_path, 0, b"REDIS", 5)
+    assert second is not None
+    assert [path.name for path in tmp_path.iterdir()] == [upload_path(tmp_path, second).name]
+    with pytest.raises(WrongPart):
+        receive(tmp_path, 3, b"x", 9)
+
+
+# Through the whole service
+
+
+@pytest.fixture(scope="module")
+def owner(service: Service) -> Api:
+    return register(service.port, "snapshots")
+
+
+def make_instance(owner: Api, name: str, **values: Any) -> dict[str, Any]:
+    made: dict[str, Any] = owner.call("POST", "redis-instances", {"name": name, "max_memory": 8 * MIB, **values})
+    assert made["status"] == "running", made
+    return made
+
+
+def http(service: Service, owner: Api) -> httpx.Client:
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{service.port}/api/organizations/{owner.organization_id}/redis-instances",
+        headers={"Authorization": f"Bearer {owner.token}"},
+        timeout=30,
+    )
+
+
+def test_download_and_upload_through_the_api(service: Service, owner: Api) -> None:
+    one, other = make_instance(owner, "one"), make_instance(owner, "other")
+    with Client(service.port, one["rest_token"]) as client:
+        assert client.post("/", ["SET", "key", "value" * 100]).status == 200
+        assert client.post("/", ["SET", "incompressible", secrets.token_hex(100_000)]).status == 200
+    with http(service, owner) as client:
+        taken = client.get(f"/{one['id']}/snapshot")
+        assert taken.status_code == 200
+        assert taken.headers["content-type"] == "application/octet-stream"
+        assert taken.headers["content-disposition"].startswith('attachment; filename="one-')
+        data = taken.content
+        half = len(data) // 2
+        for start, end, status in ((0, half, 202), (half, len(data), 200)):
+            header = {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+            answer = client.put(f"/{other['id']}/snapshot", content=data[start:end], headers=header)
+            assert answer.status_code == status, answer.text
+            assert answer.json()["data"] == {"arrived": end, "total": len(data), "loaded": status == 200}
+        with Client(service.port, other["rest_token"]) as redis:
+            assert redis.post("/", ["GET", "key"]).json() == {"result": "value" * 100}
+            assert redis.post("/", ["SET", "kept", "1"]).status == 200
+        bad = client.put(f"/{other['id']}/snapshot", content=data[:-30])
+        assert bad.status_code == 400
+        assert "the data is as it was" in bad.json()["message"]
+        steps = client.get(f"/{other['id']}").json()["data"]["steps"]
+        loads = [step["outcome"] for step in steps if step["step"] == "load a snapshot"]
+        assert loads == ["failed", "done"]
+        with Client(service.port, other["rest_token"]) as redis:
+            assert redis.post("/", ["MGET", "kept", "key"]).json() == {"result": ["1", "value" * 100]}
+
+
+def test_what_cannot_be_loaded_is_refused_before_it_is_stored(service: Service, owner: Api) -> None:
+    made = make_instance(owner, "small", max_memory=MIB)
+    with http(service, owner) as client:
+        path = f"/{made['id']}/snapshot"
+        for content, headers, status in (
+            (b"PK\x03\x04", {}, 400),
+            (b"", {}, 400),
+            (b"REDIS", {"Content-Range": "bytes 0-4/99999999"}, 413),
+            (b"REDIS", {"Content-Range": "bytes 0-9/20"}, 400),
+            (b"REDIS", {"Content-Range": "all of it"}, 400),
+            (b"0009", {"Content-Range": "bytes 5-8/20"}, 409),
+        ):
+            answer = client.put(path, content=content, headers=headers)
+            assert answer.status_code == status, (content, answer.text)
+        owner.call("PUT", f"redis-instances/{made['id']}/status", {"action": "stop"})
+        assert client.put(path, content=b"REDIS0009").status_code == 409
+        assert client.get(path).status_code == 409
+
+
+def test_a_narrowed_key_reaches_no_snapshot(service: Service, owner: Api) -> None:
+    made = make_instance(owner, "narrow")
+    path = f"/{made['id']}/snapshot"
+    for scopes, wanted, status in (
+        (["instances.*", "write"], {"key_prefixes": ["a:"]}, 403),
+        (["manage:read"], {}, 403),
+        (["instances.backup"], {}, 200),
+    ):
+        key, _ = owner.key(scopes=scopes, **wanted)
+        with http(service, owner) as client:
+            client.headers["Authorization"] = f"Bearer {key}"
+            assert client.get(path).status_code == status, scopes
+            assert client.put(path, content=b"REDIS").status_code == 403
