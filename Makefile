@@ -154,13 +154,14 @@ UV_COMPILE = $(BIN)/uv pip compile --quiet --no-config --universal --python-vers
 	  --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 
 # what an image has beside the core
-IMAGE_EXTRAS :=
+IMAGE_EXTRAS := --extra kubernetes --extra s3 --extra tracing
+EVERY_EXTRA := --extra embedded --extra tools $(IMAGE_EXTRAS)
 
 # dev.txt holds everything; the others are parts of it
 lock: $(STAMPS)/venv
 	$(PIP) install --quiet uv
 	$(UV_COMPILE) --upgrade --extra embedded --extra kubernetes setup.cfg requirements/dev.in -o requirements/dev.txt
-	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg requirements/local.in -o requirements/local.txt
+	$(UV_COMPILE) -c requirements/dev.txt --extra embedded --extra tools setup.cfg requirements/local.in -o requirements/local.txt
 	$(UV_COMPILE) -c requirements/dev.txt $(IMAGE_EXTRAS) setup.cfg -o requirements/image.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg -o requirements/embedded.txt
 	$(UV_COMPILE) -c requirements/dev.txt requirements/bench.in -o requirements/bench.txt
