@@ -234,7 +234,7 @@ class AccessFeed:
         if row is None or row["endpoint"] is None or row["desired_state"] != "running":
             return _NOT_RUNNING
         try:
-            return self._instance(row)
+            return self._instance(row) or _NO_ROUTE
         except DecryptionError as error:
             log.error("instance %s: its password cannot be decrypted: %s", row["id"], error)
             return _BROKEN

@@ -17,8 +17,8 @@ from control.hosts import host_id
 from control.http import Unavailable, failure
 from control.migrate import MigrationError, migrate, unreachable
 from control.usage import UsageCollector
-from redisgate import board
 from control.workers import WorkerReport
+from redisgate import board
 from redisgate.access import AccessTable
 from redisgate.asgi import AsgiServer
 from redisgate.config import Settings
