@@ -2,8 +2,8 @@
 
 `PYTHONSAFEPATH=1 PYTHONPATH=.venv/compiled:. .venv/bin/python -m benchmarks.straight_line`
 
-64 connections ask at once, replies arrive together; transports swallow what is written. On a machine that does other work
-too this repeats within a few percent, where figures from whole processes differ by ten: it is for comparing two trees.
+64 connections ask at once, replies arrive together; transports swallow what is written. On a machine that does other
+work too this repeats within a few percent, where figures of whole processes differ by ten: it is for comparing trees.
 """
 
 import asyncio

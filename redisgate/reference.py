@@ -72,7 +72,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
         "instances",
         "counted by name in one worker; then all others together",
     ),
-    ("redisgate.board", "SLOT_BYTES", "bytes", "for what one process publishes of its counts"),
+    ("redisgate.board", "SLOT_BYTES", "bytes", "for what one process publishes of its counts, twice"),
     ("redisgate.board", "SILENT_SECONDS", "s", "without a word after which a process is shown as stuck"),
     ("redisgate.metrics", "PUBLISH_SECONDS", "s", "between two publications of a process's counts"),
     ("redisgate.metrics", "MAX_SHOWN_BREAKERS", "instances", "out of reach that metrics name"),
