@@ -92,10 +92,10 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         help="show live what a gateway does",
         description="Show live what a gateway does: workers, rates, latencies, the busiest instances. The gateway"
         " needs a port for its metrics (metrics_port).",
-        epilog="example: redisgate top --url http://127.0.0.1:9464",
+        epilog="example: redisgate top --url http://127.0.0.1:9400",
     )
     top.add_argument(
-        "--url", metavar="URL", help="of the metrics port; by default REDISGATE_METRICS_PORT here, or 9464"
+        "--url", metavar="URL", help="of the metrics port; by default REDISGATE_METRICS_PORT here, or 9400"
     )
     top.add_argument("--interval", default="1", metavar="SECONDS", help="between two pictures (1)")
     top.add_argument("--once", action="store_true", help="print one picture and end")

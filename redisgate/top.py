@@ -68,13 +68,13 @@ def run_top(options: Mapping[str, Any], environ: Mapping[str, str]) -> int:
 def address(given: str | None, environ: Mapping[str, str]) -> str:
     """The address of the metrics port, without a path. Raises ConfigError."""
     if given is None:
-        port = environ.get("REDISGATE_METRICS_PORT", "9464")
+        port = environ.get("REDISGATE_METRICS_PORT", "9400")
         host = environ.get("REDISGATE_METRICS_HOST", "127.0.0.1")
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         given = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     parts = urlsplit(given)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"--url: expected the metrics port's address such as http://127.0.0.1:9464, not {given!r}")
+        raise ConfigError(f"--url: expected the metrics port's address such as http://127.0.0.1:9400, not {given!r}")
     return f"{parts.scheme}://{parts.netloc}"
 
 

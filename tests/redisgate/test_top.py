@@ -106,10 +106,10 @@ def test_what_is_no_metrics_port_is_named(watched: tuple[Gateway, str]) -> None:
 
 
 def test_the_address_follows_the_settings() -> None:
-    assert top.address(None, {}) == "http://127.0.0.1:9464"
+    assert top.address(None, {}) == "http://127.0.0.1:9400"
     environ = {"REDISGATE_METRICS_PORT": "1", "REDISGATE_METRICS_HOST": "::"}
     assert top.address(None, environ) == "http://[::1]:1"
-    assert top.address("https://a.example:9464/metrics", environ) == "https://a.example:9464"
+    assert top.address("https://a.example:9400/metrics", environ) == "https://a.example:9400"
     with pytest.raises(ConfigError):
         top.address("ftp://a", {})
 
