@@ -5,6 +5,13 @@ table `schema_migrations` with its checksum: a file that changed afterwards is
 refused, because nobody knows which of the two the database has. An advisory
 lock lets one process migrate at a time; the others wait, and find it done.
 
+Migrations run while the previous release serves. They *expand*: add what the
+next release needs, and take nothing away, so that both work with what there
+is. What is not needed any more goes in a later release, by a migration that
+says so in its first line, `-- contract`: a release that does not know such a
+one refuses to serve. No migration waits for a table for long, because
+everybody else would wait behind it: it gives up and tries again.
+
 With `database_migration_url` the tables belong to a role that the application
 does not have; the application's role is granted what it needs, and no more.
 """
@@ -30,10 +37,16 @@ LOCK_SECONDS = 60.0
 """To wait for another process that migrates."""
 MIGRATION_SECONDS = 3600.0
 """For one migration."""
+TABLE_LOCK_SECONDS = 2.0
+"""For a table that others use; meanwhile whoever comes later waits too."""
+TABLE_LOCK_ATTEMPTS = 20
+TABLE_LOCK_PAUSE_SECONDS = 1.0
+"""Between two of them, for those who waited."""
 APPEND_ONLY = ("audit_events",)
 """Tables that the application may add to and read, but not change."""
 READ_ONLY = ("schema_migrations",)
 
+_CONTRACT = re.compile(r"--\s*contract\b", re.IGNORECASE)
 _FILE = re.compile(r"(\d{4})_([a-z0-9_]+)\.sql")
 
 log = logging.getLogger(__name__)
@@ -56,6 +69,11 @@ class Migration:
         """SHA-256 of the text, in hex."""
         return hashlib.sha256(self.sql.encode()).hexdigest()
 
+    @property
+    def contracts(self) -> bool:
+        """Whether it takes away what releases before it use."""
+        return _CONTRACT.match(self.sql) is not None
+
     def __str__(self) -> str:
         return f"{self.number:04}_{self.name}"
 
@@ -68,6 +86,10 @@ class Applied:
     name: str
     checksum: str
     at: Any
+    contracts: bool
+
+    def __str__(self) -> str:
+        return f"{self.number:04}_{self.name}"
 
 
 def folder() -> Path:
@@ -114,21 +136,27 @@ async def applied(connection: "asyncpg.Connection[Any]") -> dict[int, Applied]:
     """What the database has, by number; empty for a new database."""
     if await connection.fetchval("SELECT to_regclass('schema_migrations')") is None:
         return {}
-    rows = await connection.fetch("SELECT number, name, checksum, applied_at FROM schema_migrations ORDER BY number")
-    return {row["number"]: Applied(row["number"], row["name"], row["checksum"], row["applied_at"]) for row in rows}
+    # The column came later than the table: of migrations that have none, nothing is known.
+    rows = await connection.fetch(
+        "SELECT number, name, checksum, applied_at, coalesce((to_jsonb(done)->>'contracts')::boolean, true)"
+        " FROM schema_migrations AS done ORDER BY number"
+    )
+    return {row["number"]: Applied(*row.values()) for row in rows}
 
 
 def pending(migrations: list[Migration], done: dict[int, Applied]) -> list[Migration]:
     """What is to be applied.
 
     Raises:
-        MigrationError: the database has what we do not know, or a file is not what was applied.
+        MigrationError: the database lacks what we need since a newer release, or a file is not what was applied.
     """
     ours = {migration.number: migration for migration in migrations}
     for number, entry in done.items():
         if number not in ours:
+            if not entry.contracts:
+                continue  # of the next release, and made so that we can go on
             raise MigrationError(
-                f"the database has migration {number:04}_{entry.name}, which this release does not know: it was"
+                f"the database has migration {entry}, which this release does not know: it was"
                 " migrated by a newer one; upgrade, or restore the database of before"
             )
         if ours[number].checksum != entry.checksum:
@@ -153,8 +181,10 @@ async def migrate(settings: ControlSettings, directory: Path | None = None) -> l
         await _lock(connection)
         new = await applied(connection)
         todo = pending(migrations, new)
+        if todo:
+            await _prepare(connection)
         for migration in todo:
-            await _apply(connection, migration)
+            await _apply_in_turn(connection, migration)
         await _grant(connection, role_of(settings.database_url), role_of(url))
         return todo
     finally:
@@ -169,23 +199,50 @@ async def _lock(connection: "asyncpg.Connection[Any]") -> None:
         raise MigrationError(f"another process has been migrating for {LOCK_SECONDS:g} s; try again later") from None
 
 
+async def _prepare(connection: "asyncpg.Connection[Any]") -> None:
+    """Make the table of what was applied, with its newest column."""
+    found = await connection.fetchval(
+        "SELECT count(*) FROM pg_attribute WHERE attrelid = to_regclass('schema_migrations')"
+        " AND attname IN ('number', 'contracts') AND NOT attisdropped"
+    )
+    if found == 0:
+        await connection.execute(
+            "CREATE TABLE schema_migrations (number int PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,"
+            " applied_at timestamptz NOT NULL DEFAULT now(), contracts boolean)"
+        )
+    elif found == 1:
+        await connection.execute("ALTER TABLE schema_migrations ADD COLUMN contracts boolean")
+
+
+async def _apply_in_turn(connection: "asyncpg.Connection[Any]", migration: Migration) -> None:
+    """Apply a migration between the transactions of those who use its tables."""
+    for attempt in range(1, TABLE_LOCK_ATTEMPTS + 1):
+        try:
+            return await _apply(connection, migration)
+        except asyncpg.LockNotAvailableError as error:
+            if attempt == TABLE_LOCK_ATTEMPTS:
+                raise MigrationError(
+                    f"migration {migration} waits in vain for a table that a long transaction uses ({error}); the"
+                    " database is as it was before; end that transaction (pg_stat_activity shows it), and try again"
+                ) from error
+            log.warning("migration %s waits for a table that is in use: attempt %d", migration, attempt)
+            await asyncio.sleep(TABLE_LOCK_PAUSE_SECONDS)
+
+
 async def _apply(connection: "asyncpg.Connection[Any]", migration: Migration) -> None:
     try:
         async with connection.transaction():
-            await connection.execute(
-                "CREATE TABLE IF NOT EXISTS schema_migrations ("
-                " number int PRIMARY KEY, name text NOT NULL, checksum text NOT NULL,"
-                " applied_at timestamptz NOT NULL DEFAULT now())"
-            )
+            await connection.execute(f"SET LOCAL lock_timeout = {int(TABLE_LOCK_SECONDS * 1000)}")
             await connection.execute(migration.sql, timeout=MIGRATION_SECONDS)
             await connection.execute(
-                "INSERT INTO schema_migrations (number, name, checksum) VALUES ($1, $2, $3)",
+                "INSERT INTO schema_migrations (number, name, checksum, contracts) VALUES ($1, $2, $3, $4)",
                 migration.number,
                 migration.name,
                 migration.checksum,
+                migration.contracts,
             )
     except asyncpg.PostgresError as error:
-        if is_away(error):
+        if is_away(error) or isinstance(error, asyncpg.LockNotAvailableError):
             raise
         where = _line(migration.sql, error)
         raise MigrationError(
@@ -284,4 +341,6 @@ async def _show_status(settings: ControlSettings) -> int:
     for migration in migrations:
         entry = done.get(migration.number)
         print(f"{migration}  " + (f"applied {entry.at:%Y-%m-%d %H:%M:%S} UTC" if entry else "pending"))
+    for number in sorted(done.keys() - {migration.number for migration in migrations}):
+        print(f"{done[number]}  applied {done[number].at:%Y-%m-%d %H:%M:%S} UTC by a newer release")
     return 1 if todo else 0

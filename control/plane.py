@@ -18,7 +18,7 @@ from control.http import Unavailable, failure
 from control.migrate import MigrationError, migrate, unreachable
 from control.usage import UsageCollector
 from control.workers import WorkerReport
-from redisgate import board
+from redisgate import board, tracing
 from redisgate.access import AccessTable
 from redisgate.asgi import AsgiServer
 from redisgate.config import Settings
@@ -117,8 +117,9 @@ async def run_steward(settings: Settings, stop: asyncio.Event) -> None:
     if publisher is not None:
         publisher.start()
     try:
-        if await _migrated(settings, stop):
-            await steward.run(context, stop)
+        async with tracing.process(settings, "steward"):
+            if await _migrated(settings, stop):
+                await steward.run(context, stop)
     finally:
         await context.close()
         if publisher is not None:

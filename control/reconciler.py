@@ -29,6 +29,7 @@ from control.encryption import DecryptionError, Encryption
 from control.instances import secret_context, spec_of
 from control.provisioners import Found, LoadsSnapshots, OnStep, Provisioner, ProvisionError, Spec
 from control.provisioning import PROVISIONING
+from redisgate import tracing
 
 MAX_CREATE_ATTEMPTS: Final = 3
 """Failures after which a creation is rolled back."""
@@ -164,7 +165,8 @@ class Reconciler:
             # An end must not fail because a key is missing.
             encryption = None if step in (Step.STOP, Step.PURGE, Step.ROLL_BACK) else self._encryption
             spec = spec_of(row, encryption, only_these_passwords=only_these)
-            await _STEPS[step](self, row, spec, provisioner)
+            with tracing.work(step.value, redisgate_instance=str(row["id"]), redisgate_provisioner=row["provisioner"]):
+                await _STEPS[step](self, row, spec, provisioner)
         except (ProvisionError, DecryptionError) as error:
             permanent = isinstance(error, DecryptionError) or error.permanent
             PROVISIONING.step(row["provisioner"], step.value, "failed", began)

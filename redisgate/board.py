@@ -5,7 +5,12 @@ slot once a second and never waits; a reader finds the last words of a process
 that was killed, or that is stuck, and needs nobody's answer:
 
     header   wanted log level
-    slot     sequence, state, size and size, checksum, a document and the one of some seconds before
+    slot     sequence, state, two halves
+    half     size and size, checksum, a document and the one of some seconds before
+
+A writer fills the half that nobody reads, then moves the sequence on, whose
+last bit names the half: whoever is killed in between leaves the last document
+whole.
 
 A process that takes the place of another goes on from the numbers it left in
 its slot, so that no sum over all slots ever falls.
@@ -13,7 +18,6 @@ its slot, so that no sum over all slots ever falls.
 
 import mmap
 import struct
-import time
 import zlib
 from dataclasses import dataclass
 from typing import Final
@@ -21,16 +25,17 @@ from typing import Final
 from redisgate.shared import INCARNATIONS
 
 SLOT_BYTES: Final = 1024 * 1024
-"""For what one process publishes; more is refused, and the last that fitted stays."""
+"""For what one process publishes, twice; more is refused, and the last that fitted stays."""
 HELPERS: Final = 2
 """Processes beside the workers: the steward, and the one that answers scrapes."""
 SILENT_SECONDS: Final = 10.0
 """After so long without a word a process counts as stuck."""
 
 _HEADER_BYTES: Final = 64
-_SLOT_HEADER: Final = struct.Struct("@QQQQI")
-_SLOT_HEADER_BYTES: Final = 64
-_ATTEMPTS: Final = 100  # of a reader that meets a writer in the middle of its work
+_SLOT_HEADER_BYTES: Final = 64  # sequence, state
+_HALF_HEADER: Final = struct.Struct("@QQI")
+_HALF_BYTES: Final = (SLOT_BYTES - _SLOT_HEADER_BYTES) // 2
+_ATTEMPTS: Final = 10  # of a reader that is overtaken by a writer, who writes once a second
 _DEAD, _LIVE = 0, 1
 
 LEVELS: Final = ("", "debug", "info", "warning", "error")
@@ -79,16 +84,16 @@ class Board:
 
     def publish(self, document: bytes, earlier: bytes) -> bool:
         """Put two documents into our slot; False: they do not fit."""
-        if len(document) + len(earlier) > SLOT_BYTES - _SLOT_HEADER_BYTES:
+        body = document + earlier
+        if len(body) > _HALF_BYTES - _HALF_HEADER.size:
             return False
         at = self._at(self._slot)
-        sequence = self._words[at // 8]
-        self._words[at // 8] = sequence | 1
-        body = document + earlier
-        start = at + _SLOT_HEADER_BYTES
+        sequence = self._words[at // 8] + 1
+        half = self._half(at, sequence)
+        start = half + _HALF_HEADER.size
+        _HALF_HEADER.pack_into(self._memory, half, len(document), len(earlier), zlib.crc32(body))
         self._memory[start : start + len(body)] = body
-        _SLOT_HEADER.pack_into(self._memory, at, sequence | 1, _LIVE, len(document), len(earlier), zlib.crc32(body))
-        self._words[at // 8] = (sequence | 1) + 1
+        self._words[at // 8] = sequence
         return True
 
     def own(self) -> Entry | None:
@@ -104,20 +109,22 @@ class Board:
         """Whether an entry is the supervisor's."""
         return entry.slot == self._slots - 1
 
+    @staticmethod
+    def _half(at: int, sequence: int) -> int:
+        return at + _SLOT_HEADER_BYTES + (sequence & 1) * _HALF_BYTES
+
     def _read(self, slot: int) -> Entry | None:
         at = self._at(slot)
         for _ in range(_ATTEMPTS):
-            sequence, state, first, second, checksum = _SLOT_HEADER.unpack_from(self._memory, at)
+            sequence = self._words[at // 8]
             if not sequence:
                 return None
-            size = first + second
-            if sequence & 1 or size > SLOT_BYTES - _SLOT_HEADER_BYTES:
-                time.sleep(0.0001)  # its writer is at work, or was killed at it
-                continue
-            start = at + _SLOT_HEADER_BYTES
-            body = self._memory[start : start + size]
-            if self._words[at // 8] == sequence and zlib.crc32(body) == checksum:
-                return Entry(slot, state == _LIVE, body[:first], body[first:])
+            half = self._half(at, sequence)
+            first, second, checksum = _HALF_HEADER.unpack_from(self._memory, half)
+            start = half + _HALF_HEADER.size
+            body = self._memory[start : start + first + second] if first + second < _HALF_BYTES else b""
+            if zlib.crc32(body) == checksum and len(body) == first + second:
+                return Entry(slot, self._words[at // 8 + 1] == _LIVE, body[:first], body[first:])
         return None
 
     @property

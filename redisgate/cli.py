@@ -96,6 +96,18 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     loadtest.add_argument("--token-file", help="file that holds the token")
     loadtest.add_argument("--ca-file", help="certificate authorities to trust instead of the system's")
     loadtest.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    top = commands.add_parser(
+        "top",
+        help="show live what a gateway does",
+        description="Show live what a gateway does: workers, rates, latencies, the busiest instances. The gateway"
+        " needs a port for its metrics (metrics_port).",
+        epilog="example: redisgate top --url http://127.0.0.1:9400",
+    )
+    top.add_argument(
+        "--url", metavar="URL", help="of the metrics port; by default REDISGATE_METRICS_PORT here, or 9400"
+    )
+    top.add_argument("--interval", default="1", metavar="SECONDS", help="between two pictures (1)")
+    top.add_argument("--once", action="store_true", help="print one picture and end")
     migrate = commands.add_parser(
         "migrate",
         help="bring the control plane's database up to date",
@@ -162,6 +174,10 @@ def main(argv: list[str] | None = None) -> int:
 
             data = Path(options["data"])
             return run_dev(options["host"], options["port"], data, environ, gateway_only=options["gateway_only"])
+        if command == "top":
+            from redisgate.top import run_top
+
+            return run_top(options, environ)
         if command == "loadtest":
             from redisgate.loadtest import run_loadtest
 

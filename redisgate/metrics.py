@@ -587,3 +587,16 @@ def octaves_of(buckets: Sequence[float]) -> list[float]:
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def metrics_table() -> str:
+    """The table of docs/observability.md."""
+    lines = ["| metric | kind | labels | |", "| --- | --- | --- | --- |"]
+    for metric in METRICS:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(metrics_table(), end="")

@@ -12,11 +12,13 @@ that drops what does not fit.
 """
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import random
 import socket
 import time
+from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
@@ -101,6 +103,47 @@ def _start_provider(settings: Settings, who: str) -> Any:
     return provider
 
 
+async def _stop_provider(provider: Any) -> None:
+    global _tracer
+    _tracer = None
+    leaving = asyncio.get_running_loop().run_in_executor(None, provider.force_flush, int(STOP_SECONDS * 1000))
+    await asyncio.wait([leaving], timeout=STOP_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def process(settings: Settings, who: str) -> AsyncIterator[None]:
+    """Trace what a process that serves no requests does, where the settings want it."""
+    if not settings.trace_endpoint:
+        yield
+        return
+    provider = _start_provider(settings, who)
+    try:
+        yield
+    finally:
+        await _stop_provider(provider)
+
+
+@contextlib.contextmanager
+def work(name: str, **attributes: str) -> Iterator[None]:
+    """A span for a piece of work that no request asked for, and what it leads to; always traced, since it is rare."""
+    if _tracer is None:
+        yield
+        return
+    span = _tracer.start_span(name, attributes={key.replace("_", "."): value for key, value in attributes.items()})
+    token = _CURRENT.set(Trace(span, b""))
+    try:
+        yield
+    except BaseException as error:
+        from opentelemetry.trace import StatusCode
+
+        span.set_attribute("error.type", type(error).__name__)
+        span.set_status(StatusCode.ERROR)
+        raise
+    finally:
+        _CURRENT.reset(token)
+        span.end()
+
+
 class Tracing:
     """Stands before the gateway and behind the answers of one worker; `settings.trace_endpoint` is set.
 
@@ -115,6 +158,7 @@ class Tracing:
         self._handler = handler
         self._access_log = access_log
         self._ratio = settings.trace_ratio
+        self._scheme = "https" if settings.tls_cert_file else "http"
 
     # Requests
 
@@ -145,7 +189,7 @@ class Tracing:
         name = method.decode("latin-1")
         attributes = {
             "http.request.method": name,
-            "url.scheme": "http",
+            "url.scheme": self._scheme,
             "url.path": safe_target(target),
             "network.protocol.version": head.version[5:].decode("latin-1"),
             "server.address": head.host.decode("latin-1"),
@@ -217,10 +261,7 @@ class Tracing:
 
     async def stop(self) -> None:
         """Let the last spans leave, for `STOP_SECONDS` at most."""
-        global _tracer
-        _tracer = None
-        leaving = asyncio.get_running_loop().run_in_executor(None, self._provider.force_flush, int(STOP_SECONDS * 1000))
-        await asyncio.wait([leaving], timeout=STOP_SECONDS)
+        await _stop_provider(self._provider)
 
 
 def _operation(route: int, payload: bytes) -> str:

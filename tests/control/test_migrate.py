@@ -75,9 +75,9 @@ async def test_what_was_changed_afterwards_is_refused(empty_database: Urls, tmp_
         await migrate(settings, folder)
 
 
-async def test_a_newer_database_is_refused(empty_database: Urls, tmp_path: Path) -> None:
+async def test_a_database_that_a_newer_release_contracted_is_refused(empty_database: Urls, tmp_path: Path) -> None:
     settings = settings_of(empty_database)
-    folder = write(tmp_path, m0001_a="CREATE TABLE a (x int);", m0002_b="CREATE TABLE b (x int);")
+    folder = write(tmp_path, m0001_a="CREATE TABLE a (x int);", m0002_b="-- contract\nCREATE TABLE b (x int);")
     await migrate(settings, folder)
     (folder / "0002_b.sql").unlink()
     with pytest.raises(MigrationError, match="0002_b, which this release does not know"):

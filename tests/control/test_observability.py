@@ -8,7 +8,7 @@ import pytest
 from tests.control.conftest import Service, Urls
 from tests.control.service import Api, execute, register
 from tests.http import Client
-from tests.observing import CLIENT, SERVER, Collector, Scraped
+from tests.observing import CLIENT, SERVER, Collector, Scraped, Span
 from tests.servers import RedisServer, free_port, wait_for
 
 TRACE = "5af7651916cd43dd8448eb211c80319c"
@@ -95,6 +95,21 @@ def test_provisioning_is_told_by_the_steward(metrics: Scraped, person: Api) -> N
     assert metrics.value("redisgate_provisioning_step_duration_seconds_count", step="create") >= 1
     assert metrics.value("redisgate_steward_leads") == 1
     wait_for(lambda: metrics.value("redisgate_instances", status="running") >= 1, 30, what="the count of instances")
+
+
+def test_a_step_of_the_steward_is_a_span_with_its_statements(collector: Collector, person: Api) -> None:
+    made = person.call("POST", "redis-instances", {"name": "traced", "slug": "traced", "max_memory": 8 << 20})
+
+    def steps() -> list[Span]:
+        return [span for span in collector.spans if span.attributes.get("redisgate.instance") == made["id"]]
+
+    wait_for(lambda: any(span.name == "create" for span in steps()), what="the step")
+    (create,) = [span for span in steps() if span.name == "create"]
+    assert create.attributes["redisgate.provisioner"] == "local"
+    assert create.resource["redisgate.process"] == "steward"
+    assert not create.failed
+    below = [span for span in collector.of(create.trace_id) if span.parent == create.span_id]
+    assert {span.attributes["db.system.name"] for span in below} == {"postgresql"}
 
 
 def test_a_request_to_the_control_plane_has_spans_of_its_statements(

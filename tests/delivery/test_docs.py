@@ -105,7 +105,8 @@ def script(page: Path, port: int, folder: Path) -> str:
             address = re.sub(r":3000\b", f":{port}", block.detail)
             parts.append(f"( {code.strip()} ) & servers+=($!)")
             parts.append(
-                f"curl -sf -o /dev/null --retry 100 --retry-delay 0 --retry-all-errors --retry-max-time 30 {address}"
+                "command curl -sf -o /dev/null --retry 100 --retry-delay 0 --retry-all-errors --retry-max-time 30"
+                f" {address}"
             )
         elif block.how == "fails":
             parts.append(f"( {code.strip()}\n) && exit 99 || test $? = {block.detail}")

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pro
 
 from redisgate import metrics
 from redisgate.board import SLOT_BYTES, Board
-from redisgate.counters import OCTAVES, Counters, family_of
+from redisgate.counters import MAX_COUNTED_INSTANCES, OCTAVES, Counters, family_of
 from redisgate.metering import bucket_of
 from redisgate.metrics import METRICS, Document, InstanceCount, Shown
 from resp.commands import bundled_table
@@ -294,11 +295,43 @@ def test_labels_cannot_break_out_of_their_quotes() -> None:
 
 def test_a_document_that_does_not_fit_leaves_the_last_one() -> None:
     board = Board(1)
+    assert board.own() is None
     assert board.publish(b"a", b"b")
     assert not board.publish(b"x" * SLOT_BYTES, b"")
     own = board.own()
     assert own is not None
     assert (own.document, own.earlier) == (b"a", b"b")
+
+
+def test_a_writer_that_is_killed_in_the_middle_leaves_the_last_document() -> None:
+    board = Board(1)
+    for number in range(5):
+        assert board.publish(b"document %d" % number, b"before")
+        position = board._at(board._slot)
+        idle = board._half(position, board._words[position // 8] + 1)
+        # what the next write would have begun
+        board._memory[idle : idle + 40] = os.urandom(40)
+        own = board.own()
+        assert own is not None
+        assert own.document == b"document %d" % number
+
+
+def test_a_thousand_instances_fit_and_cost_little() -> None:
+    counters = Counters()
+    for number in range(MAX_COUNTED_INSTANCES + 50):
+        one = counters.instance(f"{number:036d}", "a-name-of-an-instance-" + "x" * 40)
+        counters.answered(0, b"GET", 200, 10**9 * number, 10**9, counters.family(None), one, b"")
+        one.requests = one.bytes_in = one.bytes_out = one.nanos = 2**60
+    assert len(counters.instances()) == MAX_COUNTED_INSTANCES + 1
+    board = Board(1)
+    publisher = metrics.Publisher(board, "0", [metrics.collect_counters(counters)])
+    began = time.perf_counter()
+    publisher.publish()
+    assert time.perf_counter() - began < 0.5  # a tenth of it on an idle machine
+    publisher.publish()
+    document = metrics.gathered(board)
+    assert len(document.instances) == MAX_COUNTED_INSTANCES + 1
+    assert document.counters.get("redisgate_documents_dropped_total", 0) == 0
 
 
 def test_latencies_fall_into_the_buckets_that_the_text_names() -> None:
