@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import redisgate
 from control.kubernetes import plan as planning
-from control.kubernetes.apply import OWNER_LABEL, Applier, BeingDeleted, NotOwned
+from control.kubernetes.apply import OWNER_LABEL, Applier, BeingDeleted, NotOwned, lean
 from control.kubernetes.client import (
     CRON_JOBS,
     DEPLOYMENTS,
@@ -101,6 +101,8 @@ CHILDREN: Final = (
     INGRESSES,
 )
 """What is watched. Namespaces are too, where the operator serves all."""
+READ: Final = {"StatefulSet": ("volumeClaimTemplates",), "PersistentVolumeClaim": ("resources",)}
+"""By kind: the fields of a specification that matter here."""
 WITH_THE_GATEWAY: Final = (SECRETS, INGRESSES)
 WHAT_LIES_APART: Final = (CRON_JOBS, JOBS, SERVICES, NETWORK_POLICIES, DISRUPTION_BUDGETS, SECRETS)
 """Of an instance in a namespace of its own, where no owner reference does it."""
@@ -145,12 +147,14 @@ class Operator:
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile)
         self._instances = Reflector(client, INSTANCES, namespace=namespace)
         ours = f"{MANAGED_LABEL}={MANAGER}"
-        self._children = [Reflector(client, resource, namespace=namespace, labels=ours) for resource in CHILDREN]
+        self._children = [
+            Reflector(client, resource, namespace=namespace, labels=ours, keep=_keep) for resource in CHILDREN
+        ]
         if namespace is None:
-            self._children.append(Reflector(client, NAMESPACES, labels=ours))
+            self._children.append(Reflector(client, NAMESPACES, labels=ours, keep=_keep))
         elif namespace != settings.gateway_namespace:
             self._children += [
-                Reflector(client, resource, namespace=settings.gateway_namespace, labels=ours)
+                Reflector(client, resource, namespace=settings.gateway_namespace, labels=ours, keep=_keep)
                 for resource in WITH_THE_GATEWAY
             ]
         self._instances.subscribe(self._heard_of_instance)
@@ -895,6 +899,14 @@ class Operator:
             await self._client.create(event, field_manager=MANAGER)
         except KubernetesError as error:
             log.warning("%s/%s: an event could not be written: %s", namespace, name, error)
+
+
+def _keep(item: Object) -> Object:
+    """What we read of our own objects."""
+    if item["kind"] == "Secret":
+        component = (item["metadata"].get("labels") or {}).get(planning.COMPONENT_LABEL)
+        return item if component in ("login", "api-key") else lean(item)
+    return lean(item, *READ.get(item["kind"], ()))
 
 
 def _is_login(secret: Object) -> bool:
