@@ -322,6 +322,10 @@ class Cluster:
             ]
         )
 
+    def peek(self, kind: str) -> list[Object]:
+        """All objects of a kind as they are, not to be altered: for looking often."""
+        return self._run(lambda: list(self._kind(kind).items.values()))
+
     def everything(self, labels: str = "") -> list[Object]:
         """Objects of every kind that match, to see what is left."""
         matches = label_selector(labels)
