@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -33,12 +34,22 @@ class Pod:
         folder.mkdir()
         data.mkdir(exist_ok=True)
         for name, text in config.items():
-            (folder / name).write_text(text)
+            # What names a folder of the container has its place here.
+            lines = [line for line in text.splitlines(keepends=True) if not line.startswith(("dir ", "aclfile "))]
+            (folder / name).write_text("".join(lines))
         own = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(data), "--daemonize", "no"]
         own += ["--aclfile", str(folder / "users.acl"), "--loglevel", "warning"]
-        self.process = subprocess.Popen(
-            [redis_binary(), str(folder / "redis.conf"), *own], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        with (folder / "log").open("wb") as log:
+            self.process = subprocess.Popen([redis_binary(), str(folder / "redis.conf"), *own], stdout=log, stderr=log)
+
+    @property
+    def answers(self) -> bool:
+        """As a readiness probe asks."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
+            probe.settimeout(1)
+            probe.sendall(b"PING\r\n")
+            return probe.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+        return False
 
     def stop(self) -> None:
         self.process.terminate()
@@ -120,7 +131,7 @@ class Kubelet:
             if workload["spec"]["replicas"] and "deletionTimestamp" not in workload["metadata"]:
                 if uid not in self._pods and not self.paused:
                     self._start(uid, workload)
-                ready = int(uid in self._pods)
+                ready = int(uid in self._pods and self._pods[uid][1].answers)
             self._tell(workload, ready)
 
     def _start(self, uid: str, workload: dict[str, Any]) -> None:

@@ -174,6 +174,7 @@ def test_apply_one_resource_use_it_by_its_key_delete_it_and_nothing_is_left(worl
 @needs_kubectl
 def test_suspended_it_keeps_its_data_and_a_rotated_password_needs_no_restart(world: World, gateway: Gateway) -> None:
     world.apply("notes", persistence={"size": "1Gi"})
+    wait_for(lambda: world.ready("notes"), 20, "Ready")
     wait_for(lambda: condition(world.cluster, "notes").get("status") == "True", 20, "the route")
     token = world.secret("notes-api-key")["token"]
     assert get(gateway.port, token, "/set/k/v").result == "OK"
