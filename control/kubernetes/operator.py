@@ -69,7 +69,7 @@ from control.kubernetes.plan import (
 )
 from control.kubernetes.queue import WorkQueue
 from control.kubernetes.redis import LoginLost, Running, Unreachable, adjust
-from control.kubernetes.reflector import DELETED, Reflector
+from control.kubernetes.reflector import DELETED, SILENCE_SECONDS, Reflector
 from control.kubernetes.spec import Instance, SpecError, quantity, read_instance, seconds
 from control.provisioners import ADMIN_USER
 from resp.address import Address
@@ -137,6 +137,7 @@ class Operator:
         namespace: str | None = None,
         lease: Lease | None = None,
         adjust: Adjust = adjust,
+        silence: float = SILENCE_SECONDS,
     ) -> None:
         self._client = client
         self._settings = settings
@@ -145,16 +146,19 @@ class Operator:
         self._adjust = adjust
         self._applier = Applier(client, MANAGER)
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile)
-        self._instances = Reflector(client, INSTANCES, namespace=namespace)
+        self._instances = Reflector(client, INSTANCES, namespace=namespace, silence=silence)
         ours = f"{MANAGED_LABEL}={MANAGER}"
         self._children = [
-            Reflector(client, resource, namespace=namespace, labels=ours, keep=_keep) for resource in CHILDREN
+            Reflector(client, resource, namespace=namespace, labels=ours, keep=_keep, silence=silence)
+            for resource in CHILDREN
         ]
         if namespace is None:
-            self._children.append(Reflector(client, NAMESPACES, labels=ours, keep=_keep))
+            self._children.append(Reflector(client, NAMESPACES, labels=ours, keep=_keep, silence=silence))
         elif namespace != settings.gateway_namespace:
             self._children += [
-                Reflector(client, resource, namespace=settings.gateway_namespace, labels=ours, keep=_keep)
+                Reflector(
+                    client, resource, namespace=settings.gateway_namespace, labels=ours, keep=_keep, silence=silence
+                )
                 for resource in WITH_THE_GATEWAY
             ]
         self._instances.subscribe(self._heard_of_instance)
@@ -301,6 +305,7 @@ class Operator:
             copies=foreign if home(instance) != instance.namespace else {},
             tls_digest=_digest_of(tls),
             tls_ca=decode(tls).get("ca.crt"),
+            images=self._images(instance),
             address=self._address(instance),
         )
         plan = make_plan(instance, self._settings, observed)
@@ -359,6 +364,13 @@ class Operator:
         text = ((service or {}).get("metadata", {}).get("annotations") or {}).get(ADDRESS_ANNOTATION, "")
         host, _, port = text.rpartition(":")
         return (host, int(port)) if host and port.isdecimal() else None
+
+    def _images(self, instance: Instance) -> dict[str, str]:
+        kind = STATEFUL_SETS if instance.spec.persistence is not None else DEPLOYMENTS
+        live = self._applier.find(kind, instance.name, home(instance)) or {}
+        annotations: Object = live.get("metadata", {}).get("annotations") or {}
+        beginning = planning.IMAGE_ANNOTATION
+        return {key.removeprefix(beginning): text for key, text in annotations.items() if key.startswith(beginning)}
 
     # Secrets
 
