@@ -256,10 +256,10 @@ def test_an_instance_made_by_the_api_is_a_resource_used_by_both_kinds_of_keys(wo
     name = resource["metadata"]["name"]
     theirs = world.secret(f"{name}-api-key", home)["token"]
     path = f"/redis/{created['id']}"
-    assert get(service.port, created["token"], "/set/k/v").result == "OK"
-    for credential in (key, created["token"], theirs):
+    assert get(service.port, created["rest_token"], "/set/k/v").result == "OK"
+    for credential in (key, created["rest_token"], theirs):
         assert get(service.port, credential, f"{path}/get/k").result == "v"
-    assert get(service.port, created["token"], "/get/k", host=shown["domain"]).result == "v"
+    assert get(service.port, created["rest_token"], "/get/k", host=shown["domain"]).result == "v"
     assert get(service.port, secrets.token_hex(8), f"{path}/get/k").status == 401
     # A bigger one, by the API: the running server is told.
     api.call("PUT", f"redis-instances/{created['id']}", {"max_memory": 192 * MIB})
@@ -267,7 +267,7 @@ def test_an_instance_made_by_the_api_is_a_resource_used_by_both_kinds_of_keys(wo
     used = get(service.port, key, f"{path}/config/get/maxmemory").result
     assert int(used[1]) in range(192 * MIB, 192 * MIB + 3)
     # A new password: requests go on.
-    api.call("POST", f"redis-instances/{created['id']}/rotate", {"token": False, "readonly_token": False})
+    api.call("POST", f"redis-instances/{created['id']}/rotate-credentials", {"token": False, "readonly_token": False})
     settled(api, created["id"])
     assert get(service.port, key, f"{path}/get/k").result == "v"
     # What kubectl changes shows.
@@ -330,17 +330,19 @@ def test_a_resource_deleted_in_the_cluster_is_told_and_not_made_anew(world: Worl
 def test_a_creation_that_the_cluster_refuses_is_rolled_back_whole(world: World, service: Service) -> None:
     api = register(service.port)
     home = f"redisgate-{api.organization_id}"
-    created = api.call(
-        "POST",
-        "redis-instances",
-        {"name": "Wrong", "slug": "wrong", "max_memory": 64 * MIB, "memory_request": "1G", "cpu_request": "1"},
-    )
-    world.cluster.all("RedisHttpInstance", home)
-    settled(api, created["id"])  # a request above the limit is the kubelet's to refuse; here it runs
-    api.call("DELETE", f"redis-instances/{created['id']}")
-    world.cluster.create(
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": f"redisgate-{secrets.token_hex(4)}"}}
-    )
+    world.cluster.fail(403, method="PATCH", path=f"{home}/redishttpinstances", reason="Forbidden")
+    try:
+        body = {"name": "Refused", "slug": "refused", "max_memory": 64 * MIB}
+        created = api.call("POST", "redis-instances", body)
+        shown = settled(api, created["id"], "error")
+    finally:
+        world.cluster.heal()
+    assert "the cluster refuses it" in shown["status_reason"]
+    wait_for(lambda: world.cluster.find("Namespace", "", home) is None, 10, "the namespace to go")
+    assert api.call("GET", "quota")["quota"]["current_instances"] == 0
+    # Asked for once more, it comes.
+    api.call("PUT", f"redis-instances/{created['id']}/status", {"action": "reconcile"})
+    settled(api, created["id"])
 
 
 def test_an_orphan_is_reported_and_left_alone(world: World, service: Service) -> None:
@@ -361,7 +363,7 @@ def test_an_orphan_is_reported_and_left_alone(world: World, service: Service) ->
             event["reason"] == "Orphan" and event["involvedObject"]["name"] == "orphan"
             for event in world.cluster.all("Event", "shop")
         ),
-        35,
+        10,
         "the report",
     )
     assert world.resource("orphan")
