@@ -1,4 +1,7 @@
-"""From a declared resource to its data: kubectl, a real operator, real gateways, a real redis-server for each pod."""
+"""From a declared resource to its data: kubectl, a real operator, real gateways, a real redis-server for each pod.
+
+Each of them has the rights of deploy/rbac and no others, so all that is tested here is tested with exactly those.
+"""
 
 import base64
 import contextlib
@@ -24,6 +27,7 @@ from tests.kubernetes.test_routes import condition, get, namespace
 from tests.servers import Gateway, wait_for
 
 NAMESPACE = "redisgate"
+RBAC = Path(__file__).parents[2] / "deploy" / "rbac"
 STOP_SECONDS = 15.0
 MIB = 1024 * 1024
 
@@ -73,8 +77,11 @@ class World:
             self.cluster.create(namespace(name))
         self.kubeconfig = self.cluster.kubeconfig(directory)
         self.kubectl("apply", "--filename", "-", text=_definition())
+        for path in sorted(RBAC.glob("*.yaml")):
+            self.kubectl("apply", "--filename", str(path))
+        self.directory = directory
         self.kubelet = Kubelet(self.cluster)
-        self.operator = Operator(self.kubeconfig)
+        self.operator = Operator(self.kubeconfig_of("redisgate-operator"))
 
     def kubectl(self, *arguments: str, text: str = "") -> str:
         """What it prints; fails if it does."""
@@ -82,6 +89,10 @@ class World:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, done.stderr + self.operator_log()
         return done.stdout
+
+    def kubeconfig_of(self, account: str) -> Path:
+        """With the rights of a service account."""
+        return self.cluster.kubeconfig(self.directory, self.cluster.service_account_token(NAMESPACE, account))
 
     def operator_log(self) -> str:
         return self.operator.log() if hasattr(self, "operator") else ""
@@ -138,7 +149,7 @@ def gateway(world: World) -> Iterator[Gateway]:
     gateway = Gateway(
         {
             "REDISGATE_KUBERNETES": "on",
-            "REDISGATE_KUBECONFIG": str(world.kubeconfig),
+            "REDISGATE_KUBECONFIG": str(world.kubeconfig_of("redisgate-gateway")),
             "REDISGATE_KUBERNETES_NAMESPACE": NAMESPACE,
             "REDISGATE_BASE_DOMAIN": "redis.test",
             "REDISGATE_WORKERS": "2",
@@ -193,6 +204,31 @@ def test_suspended_it_keeps_its_data_and_a_rotated_password_needs_no_restart(wor
     world.kubectl("--namespace", "shop", "delete", "rhi/notes", "--timeout", "20s")
 
 
+@needs_kubectl
+@pytest.mark.parametrize(
+    ("account", "arguments"),
+    [
+        ("gateway", ["get", "secrets", "--namespace", "shop"]),
+        ("gateway", ["delete", "secret", "x", "--namespace", NAMESPACE]),
+        ("gateway", ["delete", "redishttpinstances", "x", "--namespace", "shop"]),
+        ("gateway", ["get", "pods", "--all-namespaces"]),
+        ("control-plane", ["get", "secrets", "--namespace", "shop"]),
+        ("control-plane", ["get", "statefulsets", "--namespace", "shop"]),
+        ("control-plane", ["get", "clusterroles"]),
+        ("operator", ["delete", "redishttpinstances", "x", "--namespace", "shop"]),
+        ("operator", ["delete", "pod", "x", "--namespace", "shop"]),
+        ("operator", ["get", "clusterroles"]),
+        ("operator", ["get", "leases.coordination.k8s.io", "redisgate-gateway", "--namespace", NAMESPACE]),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else value,
+)
+def test_what_a_component_does_not_need_it_may_not(world: World, account: str, arguments: list[str]) -> None:
+    command = ["kubectl", "--kubeconfig", str(world.kubeconfig_of(f"redisgate-{account}")), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0
+    assert "orbidden" in done.stderr, done.stderr
+
+
 # Through the API
 
 
@@ -210,7 +246,7 @@ def service(world: World, database: Urls, tmp_path_factory: pytest.TempPathFacto
         database,
         tmp_path_factory.mktemp("service"),
         REDISGATE_KUBERNETES="on",
-        REDISGATE_KUBECONFIG=str(world.kubeconfig),
+        REDISGATE_KUBECONFIG=str(world.kubeconfig_of("redisgate-control-plane")),
         REDISGATE_KUBERNETES_NAMESPACE=NAMESPACE,
         REDISGATE_BASE_DOMAIN="redis.test",
         REDISGATE_PROVISIONER="kubernetes",
