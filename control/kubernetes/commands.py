@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 
 def add_flags(command: str, parser: argparse.ArgumentParser) -> None:
     """The flags of one of them."""
@@ -115,7 +117,7 @@ def run_operator(options: dict[str, Any]) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        asyncio.run(_operate(options))
+        uvloop.run(_operate(options))
     except NotConfigured as error:
         print(f"redisgate: {error}", file=sys.stderr)
         return 2

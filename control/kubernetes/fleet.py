@@ -19,7 +19,7 @@ from control.encryption import DecryptionError
 from control.http import Context, NotFound, QuotaExceeded
 from control.instances import MAX_MEMORY, spec_of
 from control.kubernetes.client import EVENTS, INSTANCES, SECRETS, KubernetesClient, KubernetesError, Object, key_of
-from control.kubernetes.reflector import DELETED, Reflector
+from control.kubernetes.reflector import ADDED, DELETED, Reflector
 from control.kubernetes.routes import ROUTE_LABEL, UID_LABEL, RouteError, connect, gateway_namespace, read_route
 from control.provisioners import OnStep, Provisioner, ProvisionError
 from control.provisioners.kubernetes import (
@@ -79,6 +79,7 @@ class Fleet:
         self._actor = audit.Actor(context.audit, "system", name="steward")
         self._changed: dict[UUID, None] = {}  # in the order of the changes
         self._wake = asyncio.Event()
+        self._new = False  # whether there may be resources of which we know nothing
         self._reported: set[str] = set()  # uids of resources of which we know nothing
         self._trouble = ""
 
@@ -110,10 +111,11 @@ class Fleet:
             await client.close()
 
     def _heard(self, kind: str, resource: Object, before: Object | None) -> None:
+        self._new = self._new or kind == ADDED
+        self._wake.set()
         instance_id = _instance_id(resource)
         if instance_id is not None and len(self._changed) < MAX_CHANGED:
             self._changed[instance_id] = None
-            self._wake.set()
 
     async def _work(self, client: KubernetesClient, resources: Reflector) -> None:
         loop = asyncio.get_running_loop()
@@ -128,6 +130,9 @@ class Fleet:
                     del self._changed[instance_id]
                     self._look_at(instance_id)
                     await self._compare(instance_id)
+                if self._new and resources.synced.is_set():
+                    self._new = False
+                    await self._report_orphans(client, list(resources.store.values()))
                 self._trouble = ""
             except (DatabaseAway, KubernetesError) as error:
                 if str(error) != self._trouble:
@@ -147,8 +152,7 @@ class Fleet:
             await self._compare(row["id"])
         for organization_id in {row["organization_id"] for row in rows if row["provisioned_at"] is not None}:
             await self._provisioner.limit(organization_id)
-        if resources.synced.is_set():
-            await self._report_orphans(client, list(resources.store.values()))
+        self._new = True
         await self._scale()
 
     async def _limits(self, organization_id: UUID) -> Limits:

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import redisgate
 from control.kubernetes import plan as planning
-from control.kubernetes.apply import OWNER_LABEL, Applier, BeingDeleted, NotOwned
+from control.kubernetes.apply import OWNER_LABEL, Applier, BeingDeleted, NotOwned, lean
 from control.kubernetes.client import (
     CRON_JOBS,
     DEPLOYMENTS,
@@ -69,7 +69,7 @@ from control.kubernetes.plan import (
 )
 from control.kubernetes.queue import WorkQueue
 from control.kubernetes.redis import LoginLost, Running, Unreachable, adjust
-from control.kubernetes.reflector import DELETED, Reflector
+from control.kubernetes.reflector import DELETED, SILENCE_SECONDS, Reflector
 from control.kubernetes.spec import Instance, SpecError, quantity, read_instance, seconds
 from control.provisioners import ADMIN_USER
 from resp.address import Address
@@ -101,6 +101,8 @@ CHILDREN: Final = (
     INGRESSES,
 )
 """What is watched. Namespaces are too, where the operator serves all."""
+READ: Final = {"StatefulSet": ("volumeClaimTemplates",), "PersistentVolumeClaim": ("resources",)}
+"""By kind: the fields of a specification that matter here."""
 WITH_THE_GATEWAY: Final = (SECRETS, INGRESSES)
 WHAT_LIES_APART: Final = (CRON_JOBS, JOBS, SERVICES, NETWORK_POLICIES, DISRUPTION_BUDGETS, SECRETS)
 """Of an instance in a namespace of its own, where no owner reference does it."""
@@ -135,6 +137,7 @@ class Operator:
         namespace: str | None = None,
         lease: Lease | None = None,
         adjust: Adjust = adjust,
+        silence: float = SILENCE_SECONDS,
     ) -> None:
         self._client = client
         self._settings = settings
@@ -143,14 +146,19 @@ class Operator:
         self._adjust = adjust
         self._applier = Applier(client, MANAGER)
         self._queue: WorkQueue[Key] = WorkQueue(self._reconcile)
-        self._instances = Reflector(client, INSTANCES, namespace=namespace)
+        self._instances = Reflector(client, INSTANCES, namespace=namespace, silence=silence)
         ours = f"{MANAGED_LABEL}={MANAGER}"
-        self._children = [Reflector(client, resource, namespace=namespace, labels=ours) for resource in CHILDREN]
+        self._children = [
+            Reflector(client, resource, namespace=namespace, labels=ours, keep=_keep, silence=silence)
+            for resource in CHILDREN
+        ]
         if namespace is None:
-            self._children.append(Reflector(client, NAMESPACES, labels=ours))
+            self._children.append(Reflector(client, NAMESPACES, labels=ours, keep=_keep, silence=silence))
         elif namespace != settings.gateway_namespace:
             self._children += [
-                Reflector(client, resource, namespace=settings.gateway_namespace, labels=ours)
+                Reflector(
+                    client, resource, namespace=settings.gateway_namespace, labels=ours, keep=_keep, silence=silence
+                )
                 for resource in WITH_THE_GATEWAY
             ]
         self._instances.subscribe(self._heard_of_instance)
@@ -297,6 +305,7 @@ class Operator:
             copies=foreign if home(instance) != instance.namespace else {},
             tls_digest=_digest_of(tls),
             tls_ca=decode(tls).get("ca.crt"),
+            images=self._images(instance),
             address=self._address(instance),
         )
         plan = make_plan(instance, self._settings, observed)
@@ -355,6 +364,13 @@ class Operator:
         text = ((service or {}).get("metadata", {}).get("annotations") or {}).get(ADDRESS_ANNOTATION, "")
         host, _, port = text.rpartition(":")
         return (host, int(port)) if host and port.isdecimal() else None
+
+    def _images(self, instance: Instance) -> dict[str, str]:
+        kind = STATEFUL_SETS if instance.spec.persistence is not None else DEPLOYMENTS
+        live = self._applier.find(kind, instance.name, home(instance)) or {}
+        annotations: Object = live.get("metadata", {}).get("annotations") or {}
+        beginning = planning.IMAGE_ANNOTATION
+        return {key.removeprefix(beginning): text for key, text in annotations.items() if key.startswith(beginning)}
 
     # Secrets
 
@@ -895,6 +911,14 @@ class Operator:
             await self._client.create(event, field_manager=MANAGER)
         except KubernetesError as error:
             log.warning("%s/%s: an event could not be written: %s", namespace, name, error)
+
+
+def _keep(item: Object) -> Object:
+    """What we read of our own objects."""
+    if item["kind"] == "Secret":
+        component = (item["metadata"].get("labels") or {}).get(planning.COMPONENT_LABEL)
+        return item if component in ("login", "api-key") else lean(item)
+    return lean(item, *READ.get(item["kind"], ()))
 
 
 def _is_login(secret: Object) -> bool:

@@ -47,6 +47,8 @@ ORGANIZATION_PREFIX: Final = "redisgate.io/organization"
 """Labels of a resource that begin so are on all its objects."""
 ADDRESS_ANNOTATION: Final = "redisgate.io/address"
 """On the client Service: host:port, for an operator and a gateway outside of the cluster."""
+IMAGE_ANNOTATION: Final = "redisgate.io/image-of-"
+"""On a StatefulSet or Deployment, with the name of a container; whoever removes it gets the operator's newest one."""
 ROUTE_TYPE: Final = "redisgate.io/route"
 
 PORT: Final = 6379
@@ -133,6 +135,8 @@ class Observed:
     tls_digest: str = ""
     """Of the certificate, so that a renewed one is used."""
     tls_ca: str | None = None
+    images: Mapping[str, str] = field(default_factory=dict)
+    """By container: of our own beside Redis, as the pods were made with. A newer operator restarts nobody for its own."""
     address: tuple[str, int] | None = None
     """Where the instance really is, if not at its Service's name."""
 
@@ -529,7 +533,7 @@ def _pod_template(instance: Instance, settings: OperatorSettings, observed: Obse
         }
     containers = [redis]
     if spec.monitoring is not None and spec.monitoring.exporter:
-        containers.append(_exporter(instance, settings))
+        containers.append(_exporter(instance, settings, observed))
     pod: Object = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -539,7 +543,7 @@ def _pod_template(instance: Instance, settings: OperatorSettings, observed: Obse
         "volumes": volumes,
     }
     if spec.bootstrap is not None:
-        pod["initContainers"] = [_restore(instance, settings, mounts[0])]
+        pod["initContainers"] = [_restore(instance, settings, observed, mounts[0])]
     annotations = {}
     if observed.tls_digest:
         annotations["redisgate.io/certificate"] = observed.tls_digest
@@ -555,7 +559,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()[:16]
 
 
-def _exporter(instance: Instance, settings: OperatorSettings) -> Object:
+def _exporter(instance: Instance, settings: OperatorSettings, observed: Observed) -> Object:
     scheme = "rediss" if instance.spec.tls is not None else "redis"
     environment = {
         "REDIS_ADDR": f"{scheme}://127.0.0.1:{PORT}",
@@ -566,7 +570,7 @@ def _exporter(instance: Instance, settings: OperatorSettings) -> Object:
     }
     return {
         "name": "exporter",
-        "image": settings.exporter_image,
+        "image": observed.images.get("exporter", settings.exporter_image),
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [{"name": "metrics", "containerPort": EXPORTER_PORT, "protocol": "TCP"}],
         "resources": {"requests": {"cpu": "10m", "memory": "32Mi"}, "limits": {"memory": "64Mi"}},
@@ -594,6 +598,14 @@ def _scheduling(instance: Instance) -> Object:
     return {key: value for key, value in result.items() if value}
 
 
+def _workload_metadata(instance: Instance, namespace: str, template: Object) -> Object:
+    metadata, pod = metadata_of(instance, instance.name, namespace), template["spec"]
+    own = [each for each in (*pod.get("initContainers", ()), *pod["containers"]) if each["name"] != "redis"]
+    if own:
+        metadata["annotations"] = {IMAGE_ANNOTATION + container["name"]: container["image"] for container in own}
+    return metadata
+
+
 def _stateful_set(instance: Instance, namespace: str, template: Object) -> Object:
     persistence = instance.spec.persistence
     assert persistence is not None
@@ -603,7 +615,7 @@ def _stateful_set(instance: Instance, namespace: str, template: Object) -> Objec
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
-        "metadata": metadata_of(instance, instance.name, namespace),
+        "metadata": _workload_metadata(instance, namespace, template),
         "spec": {
             "replicas": instance.spec.pods,
             "serviceName": f"{instance.name}-headless",
@@ -628,7 +640,7 @@ def _deployment(instance: Instance, namespace: str, template: Object) -> Object:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata_of(instance, instance.name, namespace),
+        "metadata": _workload_metadata(instance, namespace, template),
         "spec": {
             "replicas": instance.spec.pods,
             "selector": {"matchLabels": selector_of(instance)},
@@ -721,14 +733,14 @@ def _s3_environment(s3: S3) -> list[Object]:
     ]
 
 
-def _restore(instance: Instance, settings: OperatorSettings, mount: Object) -> Object:
+def _restore(instance: Instance, settings: OperatorSettings, observed: Observed, mount: Object) -> Object:
     bootstrap, persistence = instance.spec.bootstrap, instance.spec.persistence
     assert bootstrap is not None
     assert persistence is not None
     form = "rdb" if persistence.strategy == "RDB" else "aof"
     return {
         "name": "restore",
-        "image": settings.image,
+        "image": observed.images.get("restore", settings.image),
         "command": ["redisgate", "restore"],
         "args": [
             *_s3_arguments(bootstrap.s3),

@@ -312,7 +312,8 @@ class KubernetesProvisioner:
             ready = condition_of(item, "Ready")
             if ready.get("status") != "True" and ready.get("reason") in _HOPELESS:
                 raise ProvisionError(f"{ready['reason']}: {ready['message']}", permanent=True)
-            return bool(ready.get("status") == "True")
+            # Ready it may be as it was before, and about to restart.
+            return ready.get("status") == "True" and condition_of(item, "Progressing").get("status") == "False"
 
         return await self._until(live, is_ready, READY_SECONDS, "ready")
 

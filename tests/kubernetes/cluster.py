@@ -14,7 +14,6 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import copy
 import datetime
 import json
 import re
@@ -223,6 +222,8 @@ class Cluster:
         self.requests: collections.deque[tuple[str, str, str]] = collections.deque(maxlen=REQUESTS)
         self._version = 1000
         self._kinds: dict[tuple[str, str], Kind] = {}
+        # every object there is, by uid
+        self._where: dict[str, tuple[Kind, Object]] = {}
         self._pages: collections.OrderedDict[str, tuple[int, list[Object]]] = collections.OrderedDict()
         self._faults: list[Fault] = []
         self._watches: set[Watch] = set()
@@ -310,25 +311,27 @@ class Cluster:
 
     def find(self, kind: str, namespace: str, name: str) -> Object | None:
         """By "Secret", or "Event.events.k8s.io" where the kind alone is not enough."""
-        return self._run(lambda: copy.deepcopy(self._kind(kind).items.get((namespace, name))))
+        return self._run(lambda: _copy(self._kind(kind).items.get((namespace, name))))
 
     def all(self, kind: str, namespace: str | None = None, labels: str = "") -> list[Object]:
         matches = label_selector(labels)
         return self._run(
             lambda: [
-                copy.deepcopy(item)
+                _copy(item)
                 for (its_namespace, _), item in sorted(self._kind(kind).items.items())
                 if namespace in (None, its_namespace) and matches(item)
             ]
         )
 
+    def peek(self, kind: str) -> list[Object]:
+        """All objects of a kind as they are, not to be altered: for looking often."""
+        return self._run(lambda: list(self._kind(kind).items.values()))
+
     def everything(self, labels: str = "") -> list[Object]:
         """Objects of every kind that match, to see what is left."""
         matches = label_selector(labels)
         return self._run(
-            lambda: [
-                copy.deepcopy(item) for kind in self._kinds.values() for item in kind.items.values() if matches(item)
-            ]
+            lambda: [_copy(item) for kind in self._kinds.values() for item in kind.items.values() if matches(item)]
         )
 
     def create(self, manifest: Object) -> Object:
@@ -348,7 +351,7 @@ class Cluster:
         """As by hand: `change` gets the object and alters it."""
 
         def work() -> Object:
-            item = copy.deepcopy(self._kind(kind).items[namespace, name])
+            item = _copy(self._kind(kind).items[namespace, name])
             change(item)
             return self._replace(self._kind(kind), (namespace, name), item, "kubectl-edit", "")
 
@@ -358,7 +361,7 @@ class Cluster:
         """What a controller of the cluster would report."""
 
         def work() -> Object:
-            item = copy.deepcopy(self._kind(kind).items[namespace, name])
+            item = _copy(self._kind(kind).items[namespace, name])
             item["status"] = item.get("status", {}) | status
             return self._replace(self._kind(kind), (namespace, name), item, manager, "status")
 
@@ -480,7 +483,7 @@ class Cluster:
 
     def _prepared(self, kind: Kind, namespace: str, manifest: Object) -> Object:
         """A new object, with all that the server adds to it."""
-        item = copy.deepcopy(manifest)
+        item = _copy(manifest)
         metadata = item.setdefault("metadata", {})
         if not metadata.get("name"):
             if not metadata.get("generateName"):
@@ -540,7 +543,7 @@ class Cluster:
         before = self._existing(kind, key)
         metadata = manifest.get("metadata", {})
         _check_precondition(kind, before, metadata.get("uid"), metadata.get("resourceVersion"))
-        after = self._merged(kind, before, copy.deepcopy(manifest), subresource)
+        after = self._merged(kind, before, _copy(manifest), subresource)
         owners = fields.update(
             before, after, kind.owners.get(before["metadata"]["uid"], {}), (manager, "Update", subresource), kind.shape
         )
@@ -713,8 +716,10 @@ class Cluster:
         kind.items[_key(item)] = item
         if kind.kind == "CustomResourceDefinition":
             self._define(item)
+        self._where[metadata["uid"]] = (kind, item)
         self._announce(kind, item, before)
-        if metadata.get("ownerReferences"):
+        references = metadata.get("ownerReferences")
+        if references and not any(self._owner_state(kind, item, reference) == "alive" for reference in references):
             self._collect()
 
     def _define(self, item: Object) -> None:
@@ -736,13 +741,17 @@ class Cluster:
             kind.definition, kind.shape = version, fields.schema_shape(schema)
             self._kinds[at] = kind
 
-    def _undefine(self, item: Object) -> None:
-        for version in item["spec"]["versions"]:
-            kind = self._kinds.pop(
-                (f"{item['spec']['group']}/{version['name']}", item["spec"]["names"]["plural"]), None
-            )
-            for watch in self._watches if kind is not None else ():
+    def _undefine(self, definition: Object) -> None:
+        spec = definition["spec"]
+        for version in spec["versions"]:
+            kind = self._kinds.pop((f"{spec['group']}/{version['name']}", spec["names"]["plural"]), None)
+            if kind is None:
+                continue
+            for item in kind.items.values():
+                del self._where[item["metadata"]["uid"]]
+            for watch in self._watches:
                 watch.ended = watch.ended or watch.kind is kind
+            _wake(kind)
 
     def _announce(self, kind: Kind, item: Object, before: Object | None) -> None:
         event_kind = "ADDED" if before is None else "MODIFIED"
@@ -790,6 +799,7 @@ class Cluster:
         if kind.kind == "CustomResourceDefinition":
             self._undefine(item)
         kind.owners.pop(item["metadata"]["uid"], None)
+        self._where.pop(item["metadata"]["uid"], None)
         self._version += 1
         gone = {**item, "metadata": {**item["metadata"], "resourceVersion": str(self._version)}}
         kind.history.append(Event(self._version, "DELETED", gone, item))
@@ -822,13 +832,10 @@ class Cluster:
         self._run(work)
 
     def _remove_orphans(self) -> None:
-        where: dict[str, tuple[Kind, Object]] = {
-            item["metadata"]["uid"]: (kind, item) for kind in self._kinds.values() for item in kind.items.values()
-        }
-        for kind, item in list(where.values()):
+        for kind, item in list(self._where.values()):
             if not (references := item["metadata"].get("ownerReferences")):
                 continue
-            state = [self._owner_state(kind, item, reference, where) for reference in references]
+            state = [self._owner_state(kind, item, reference) for reference in references]
             if "alive" in state or "unknown" in state:
                 continue
             orphaned = [ref for ref, its in zip(references, state, strict=True) if its == "orphans"]
@@ -867,7 +874,7 @@ class Cluster:
                         self._finish(kind, after)
                         break
 
-    def _owner_state(self, kind: Kind, item: Object, reference: Object, where: dict[str, tuple[Kind, Object]]) -> str:
+    def _owner_state(self, kind: Kind, item: Object, reference: Object) -> str:
         owner_kind = next(
             (
                 known
@@ -878,7 +885,7 @@ class Cluster:
         )
         if owner_kind is None or (owner_kind.namespaced and not kind.namespaced):
             return "unknown"  # cannot be resolved, so the collector leaves it alone
-        found = where.get(reference["uid"])
+        found = self._where.get(reference["uid"])
         if found is None or found[0] is not owner_kind or found[1]["metadata"]["name"] != reference["name"]:
             return "absent"
         owner = found[1]["metadata"]
@@ -1021,7 +1028,7 @@ class Cluster:
                 item, new = self._apply(kind, key, body, manager, query.get("force") == "true", subresource)
                 return _json(item, 201 if new else 200)
             before = self._existing(kind, key)
-            after = _patched(copy.deepcopy(before), body, request.content_type)
+            after = _patched(_copy(before), body, request.content_type)
             return _json(self._replace(kind, key, after, manager, subresource))
         if method == "DELETE" and name:
             options = dict(body or {})
@@ -1556,6 +1563,11 @@ def _bare(item: Object) -> Object:
     """Without what changes at each write."""
     metadata = {k: v for k, v in item["metadata"].items() if k not in {"resourceVersion", "managedFields"}}
     return {**item, "metadata": metadata}
+
+
+def _copy(item: Any) -> Any:
+    """Some times faster than copy.deepcopy()."""
+    return msgspec.json.decode(msgspec.json.encode(item))
 
 
 def _key(item: Object) -> Key:
