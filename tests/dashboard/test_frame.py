@@ -255,7 +255,7 @@ def test_templates_have_no_script_or_style_of_their_own() -> None:
     for path in TEMPLATES.rglob("*.html"):
         text = path.read_text()
         assert not re.search(r"<style|\sstyle=|\son[a-z]+=|<script(?![^>]*\ssrc=)", text), path
-        assert "|safe" not in text.replace(" ", ""), path
+        assert not re.search(r'(?<!")\|safe', text.replace(" ", "")), path  # of a literal it is no danger
 
 
 def test_every_form_that_changes_something_carries_the_token() -> None:
