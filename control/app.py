@@ -33,6 +33,7 @@ ROUTE_MODULES: Final = (
     "usage",
     "instances",
     "console",
+    "admin",
 )
 """Of `control.routes`; importing one registers its endpoints."""
 PAGE_MODULES: Final = (
@@ -45,6 +46,7 @@ PAGE_MODULES: Final = (
     "quota",
     "audit_log",
     "settings",
+    "admin",
 )
 """Of `control.dashboard`; importing one registers its pages."""
 Answer = Callable[[Request, Mapping[str, Endpoint], Context], Awaitable[Response]]
