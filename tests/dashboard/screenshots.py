@@ -114,8 +114,8 @@ async def a_day(url: str, organization_id: UUID, instance_id: UUID, max_memory: 
         await connection.execute(  # what the hourly work would have done by now
             "INSERT INTO usage SELECT 'hour', date_trunc('hour', at), organization_id, instance_id, credential,"
             " api_key_id, sum(commands), sum(reads), sum(writes), sum(requests), sum(errors), sum(bytes_in),"
-            " sum(bytes_out), sum(micros), sum_histograms(latency) FROM usage WHERE step = 'minute' GROUP BY 2, 3, 4, 5, 6"
-            " ON CONFLICT DO NOTHING"
+            " sum(bytes_out), sum(micros), sum_histograms(latency) FROM usage WHERE step = 'minute'"
+            " GROUP BY 2, 3, 4, 5, 6 ON CONFLICT DO NOTHING"
         )
         await connection.executemany(
             "INSERT INTO instance_samples (instance_id, at, keys, memory, connections, hits, misses, evicted, expired)"
