@@ -7,6 +7,7 @@ looks at its pages.
 import asyncio
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -18,6 +19,7 @@ import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from unittest import mock
 from uuid import UUID
 
 import asyncpg
@@ -106,6 +108,7 @@ async def a_day(url: str, organization_id: UUID, instance_id: UUID, max_memory: 
                     (instance_id, at.replace(minute=at.minute // 10 * 10), name, calls, int(calls * micros), 0)
                 )
     try:
+        await connection.execute("UPDATE users SET is_admin = true")
         await connection.executemany(
             "INSERT INTO usage VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
             " ON CONFLICT DO NOTHING",
@@ -141,14 +144,17 @@ def main(folder: Path) -> None:
     assert executable is not None, "apt-get install chromium"
     with ExitStack() as stack:
         data = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="screenshots")))
+        postgres = EmbeddedPostgres(data / "postgres", durable=False)
+        postgres.start()
+        stack.callback(postgres.stop)
+        stack.enter_context(mock.patch.dict(os.environ, DATABASE_URL=postgres.url()))
         started = Dev(data, "--port", "0", "--data", str(data / "dev")).ready()
         stack.callback(started.end, signal.SIGTERM)
         token, organization = started.token(), started.token("Organization")
         instance = re.search(r"Instance +(\S+)", started.text())[1]  # type: ignore[index]
         fill(started.port, token)
-        url = EmbeddedPostgres(data / "dev" / "postgres").url()
         with asyncio.Runner() as runner:
-            runner.run(a_day(url, UUID(organization), UUID(instance), 256 << 20))
+            runner.run(a_day(postgres.url(), UUID(organization), UUID(instance), 256 << 20))
         stop = threading.Event()
         customers = threading.Thread(target=traffic, args=(started.port, token, stop))
         customers.start()
