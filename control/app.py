@@ -47,6 +47,7 @@ PAGE_MODULES: Final = (
     "audit_log",
     "settings",
     "admin",
+    "console",
 )
 """Of `control.dashboard`; importing one registers its pages."""
 Answer = Callable[[Request, Mapping[str, Endpoint], Context], Awaitable[Response]]

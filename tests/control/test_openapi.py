@@ -83,7 +83,7 @@ def credentials(service: Service) -> dict[str, str]:
 
 
 # They end the session that the others need, or the organization; streams do not end at all (test_console has them).
-ENDING = re.compile(r"/auth/(logout|refresh|sessions|password)|/leave$|^DELETE .*org_id}$|/console/(monitor|subscribe)$")
+ENDING = re.compile(r"/auth/(logout|refresh|sessions|password)|/leave$|^DELETE .*org_id}$|/(monitor|subscribe)$")
 OPERATIONS = {
     f"{operation.method.upper()} {operation.path}": operation
     for operation in (found.ok() for found in schemathesis.openapi.from_dict(document()).get_all_operations())
