@@ -34,6 +34,7 @@ ROUTE_MODULES: Final = (
     "instances",
     "operations",
     "console",
+    "admin",
 )
 """Of `control.routes`; importing one registers its endpoints."""
 PAGE_MODULES: Final = (
@@ -46,6 +47,8 @@ PAGE_MODULES: Final = (
     "quota",
     "audit_log",
     "settings",
+    "admin",
+    "console",
 )
 """Of `control.dashboard`; importing one registers its pages."""
 Answer = Callable[[Request, Mapping[str, Endpoint], Context], Awaitable[Response]]

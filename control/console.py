@@ -51,6 +51,10 @@ DANGEROUS: Final[dict[bytes, str]] = {
     b"SCRIPT|FLUSH": "makes the server forget every script",
 }
 
+RUNS_DANGEROUS: Final = "console.dangerous"
+DELETES_KEYS: Final = "console.delete_keys"
+"""What the audit log calls these acts."""
+
 Argv = list[bytes]
 Node = dict[str, Any]
 
@@ -336,7 +340,7 @@ async def run_typed(desk: Desk, commands: Sequence[Argv], *, confirmed: bool) ->
     if warnings and not confirmed:
         raise Conflict("confirm first: " + "; ".join(warnings), {"confirm": warnings})
     if warnings:
-        await note(desk.request, "console.dangerous", {"commands": warnings})
+        await note(desk.request, RUNS_DANGEROUS, {"commands": warnings})
     return await desk.run(commands)
 
 

@@ -112,6 +112,10 @@ class Form:
         """The last value of this name, without white space around it."""
         return next((value.strip() for key, value in reversed(self._fields) if key == name), default)
 
+    def exact(self, name: str, default: str = "") -> str:
+        """The last value of this name as it was typed: white space counts in data."""
+        return next((value for key, value in reversed(self._fields) if key == name), default)
+
     def all(self, name: str) -> list[str]:
         """Each value of this name that is not empty."""
         return [value.strip() for key, value in self._fields if key == name and value.strip()]
@@ -403,7 +407,9 @@ def fields_of(error: ApiError) -> dict[str, str]:
 def redirect(request: PageRequest, url: str, message: str | None = None, **values: Any) -> Response:
     """Go on to another page of this site, which shows the message: a key of the catalogue."""
     if message is not None:
-        text = json.dumps([message, {name: str(value)[:200] for name, value in values.items()}])
+        text = json.dumps(
+            [message, {name: value if isinstance(value, int) else str(value)[:200] for name, value in values.items()}]
+        )
         request.set_cookie(FLASH_COOKIE, base64.urlsafe_b64encode(text.encode()).decode(), FLASH_SECONDS)
     return Response(status_code=303, headers={"Location": quote(url, safe="/:?&=%#~+,;@!$'()*-._")})
 
@@ -411,7 +417,7 @@ def redirect(request: PageRequest, url: str, message: str | None = None, **value
 def _read_flash(request: PageRequest, cookie: str) -> str | None:
     try:
         key, values = json.loads(base64.urlsafe_b64decode(cookie[:4096]))
-        return request.texts(str(key), **{str(name): str(value) for name, value in dict(values).items()})
+        return request.texts(str(key), **{str(name): value for name, value in dict(values).items()})
     except (ValueError, KeyError, TypeError, binascii.Error, IndexError, AttributeError):
         return None  # not a cookie of ours
 

@@ -523,6 +523,37 @@ async def sum_up(connection: Connection, since: datetime) -> None:
         )
 
 
+@duty("thinning of samples", every=600)
+async def thin_out(context: Context) -> None:
+    """Sum samples and calls of commands up to hours once nobody asks for them by the minute."""
+    before = (context.now() - retention(context.settings)["minute"]).replace(minute=0, second=0, microsecond=0)
+    counted, highest = ", ".join(COUNTERS), ("keys", "memory", "connections")
+    async with context.database.transaction() as connection:
+        await connection.execute(
+            "WITH old AS (DELETE FROM instance_samples WHERE at < $1 AND at <> date_trunc('hour', at, 'UTC')"
+            f" RETURNING *) INSERT INTO instance_samples AS s (instance_id, at, {', '.join(highest)}, {counted})"
+            " SELECT instance_id, date_trunc('hour', at, 'UTC'), "
+            + ", ".join([*(f"max({name})" for name in highest), sums_of_counters()])
+            + " FROM old GROUP BY 1, 2 ON CONFLICT (instance_id, at) DO UPDATE SET "
+            + ", ".join(
+                [
+                    *(f"{name} = greatest(s.{name}, excluded.{name})" for name in highest),
+                    *(f"{name} = s.{name} + excluded.{name}" for name in COUNTERS),
+                ]
+            ),
+            before,
+        )
+        await connection.execute(
+            "WITH old AS (DELETE FROM instance_commands WHERE at < $1 AND at <> date_trunc('hour', at, 'UTC')"
+            " RETURNING *) INSERT INTO instance_commands AS c (instance_id, at, command, calls, micros, failed)"
+            " SELECT instance_id, date_trunc('hour', at, 'UTC'), command, sum(calls)::bigint, sum(micros)::bigint,"
+            " sum(failed)::bigint FROM old GROUP BY 1, 2, 3 ON CONFLICT (instance_id, at, command) DO UPDATE SET"
+            " calls = c.calls + excluded.calls, micros = c.micros + excluded.micros,"
+            " failed = c.failed + excluded.failed",
+            before,
+        )
+
+
 @duty("purge of usage", every=600)
 async def purge(context: Context) -> None:
     """Remove what is older than the settings keep it, and what feeds and leases need no more."""

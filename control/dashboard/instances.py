@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final, get_args
@@ -137,12 +138,20 @@ async def _connect(request: PageRequest, shown: dict[str, str] | None = None) ->
         url=url,
         tokens=shown,
         health=health,
-        snippets=snippets(url, shown["token"] if shown else None, row["external_url"]),
+        snippets=snippets(url, shown["token"] if shown else None, redis_cli(row)),
         phases=phases(row, health),
         steps=await instances.steps(request.context.database, row["id"]),
         busy=row["status"] in BUSY,
         show_phases=row["status"] != "running" or request.context.now() - row["created_at"] < NEW_FOR,
     )
+
+
+def redis_cli(row: Record) -> str | None:
+    """The arguments by which redis-cli reaches an instance; None: it does not."""
+    address: str | None = row["external_url"]
+    if address is None or not address.startswith(("redis://", "rediss://")):
+        return None  # it has no port, or several servers stand for it
+    return f"-u {shlex.quote(address)}{' --askpass' if row['password_encrypted'] is not None else ''}"
 
 
 def rest_url(request: PageRequest, row: Record) -> str:

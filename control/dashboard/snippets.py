@@ -82,13 +82,13 @@ _SNIPPETS: Final = (
 )
 
 
-def snippets(url: str, token: str | None, redis_url: str | None) -> list[Snippet]:
-    """For an instance at `url`; `redis_url` is where redis-cli reaches it, None: nowhere."""
+def snippets(url: str, token: str | None, redis_cli: str | None) -> list[Snippet]:
+    """For an instance at `url`; `redis_cli` are the arguments by which redis-cli reaches it, None: it does not."""
     found = [
         Snippet(one.name, one.title, one.language, one.code.format(url=url, token=token or PLACEHOLDER))
         for one in _SNIPPETS
     ]
-    if redis_url is not None:
-        code = f"redis-cli -u '{redis_url}' --askpass SET hello world\n"
+    if redis_cli is not None:
+        code = f"redis-cli {redis_cli} SET hello world\n"
         found.append(Snippet("redis_cli", "redis-cli", "shell", code))
     return found

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from control import browser, live
-from control.console import bulk, format_reply, note, run_typed, sit_down, split_lines
+from control.console import DELETES_KEYS, bulk, format_reply, note, run_typed, sit_down, split_lines
 from control.http import ApiRequest, BadRequest, Reply, endpoint
 
 _PATH = "/api/organizations/{org_id}/redis-instances/{instance_id}/console"
@@ -152,7 +152,7 @@ async def delete(request: ApiRequest, body: Matching) -> object:
         if not body.pattern:
             raise BadRequest("some fields are wrong", {"pattern": "is missing; * stands for all keys"})
         if not cursor:
-            await note(request, "console.delete_keys", {"pattern": body.pattern, "type": body.type or None})
+            await note(request, DELETES_KEYS, {"pattern": body.pattern, "type": body.type or None})
         swept = await browser.delete_matching(desk, body.pattern, body.type, cursor)
     return Reply(_swept(swept), f"{swept.count} keys deleted")
 

@@ -150,3 +150,38 @@ async def test_samples_are_shown_by_the_api_and_old_ones_go(
     await context.database.execute("UPDATE instance_commands SET at = at - interval '31 days'")
     await usage.purge(context)
     assert await context.database.fetchval("SELECT count(*) FROM instance_commands") == 0
+
+
+async def test_old_samples_are_thinned_out_to_hours_and_nothing_counted_is_lost(
+    context: Context, person: Person, instance_id: UUID
+) -> None:
+    hour = (datetime.now(UTC) - timedelta(days=4)).replace(minute=0, second=0, microsecond=0)
+    for at in (*(hour + timedelta(minutes=minute) for minute in range(0, 120, 5)), datetime.now(UTC)):
+        await context.database.execute(
+            "INSERT INTO instance_samples (instance_id, at, keys, memory, connections, hits)"
+            " VALUES ($1, $2, $3, 7, 1, 2)",
+            instance_id,
+            at,
+            at.minute,
+        )
+        await context.database.execute(
+            "INSERT INTO instance_commands VALUES ($1, $2, 'get', 3, 30, 0)", instance_id, at
+        )
+    span = SPANS["7d"]
+
+    async def seen() -> tuple[Any, ...]:
+        async with context.database.connection() as connection:
+            found = await activity.read(connection, person.organization_id, instance_id, span, context.now())
+            commands = await activity.top_commands(connection, instance_id, hour)
+        return found.samples, commands
+
+    before = await seen()
+    for _ in range(2):
+        await usage.thin_out(context)
+        assert await seen() == before
+    rows = await context.database.fetch(
+        "SELECT at, keys, hits FROM instance_samples WHERE instance_id = $1 ORDER BY at", instance_id
+    )
+    assert [(row["keys"], row["hits"]) for row in rows[:2]] == [(55, 24), (55, 24)]
+    assert len(rows) == 3
+    assert await context.database.fetchval("SELECT sum(calls) FROM instance_commands") == 25 * 3

@@ -81,7 +81,7 @@ def test_nothing_to_show_is_told_apart_from_zero() -> None:
 
 def test_a_chart_of_an_hour_is_light() -> None:
     made = chart(*(Line(name, [number * 0.7 for number in range(60)]) for name in ("reads", "writes")))
-    assert len(made.svg()) < 7000
+    assert len(made.svg()) < 6500
 
 
 @pytest.mark.parametrize(

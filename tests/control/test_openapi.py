@@ -82,8 +82,8 @@ def credentials(service: Service) -> dict[str, str]:
     return {"token": data["token"], **ids}
 
 
-# They end the session that the others need, or the organization.
-ENDING = re.compile(r"/auth/(logout|refresh|sessions|password)|/leave$|^DELETE .*org_id}$")
+# They end the session that the others need, or the organization; streams do not end at all (test_console has them).
+ENDING = re.compile(r"/auth/(logout|refresh|sessions|password)|/leave$|^DELETE .*org_id}$|/(monitor|subscribe)$")
 OPERATIONS = {
     f"{operation.method.upper()} {operation.path}": operation
     for operation in (found.ok() for found in schemathesis.openapi.from_dict(document()).get_all_operations())

@@ -21,7 +21,7 @@ def test_each_role_may_do_what_those_below_it_may() -> None:
 
 def test_viewers_only_read_and_leave() -> None:
     allowed = {name for name in PERMISSIONS if allows("viewer", name)}
-    assert {name for name in allowed if not PERMISSIONS[name].reads} == {"organization.leave"}
+    assert {name for name in allowed if not PERMISSIONS[name].reads} == {"organization.leave", "console.read"}
 
 
 def test_every_permission_is_used_and_every_route_has_one() -> None:

@@ -14,18 +14,17 @@ function enhance(svg) {
   const start = Number(svg.dataset.start);
   const step = Number(svg.dataset.step);
   const strips = [...svg.querySelectorAll(".points path")].map((path) => {
-    const [, x, width] = path.getAttribute("d").match(/^M(\d+) \d+h(\d+)/).map(Number);
+    const middle = Number(path.getAttribute("d").match(/^M(\d+)/)[1]);
     const title = path.querySelector("title");
     const lines = title.textContent.split("\n");
     title.remove(); // else the browser shows it too
-    return { path, middle: x + width / 2, lines };
+    return { middle, lines };
   });
   if (!strips.length) return;
   const box = svg.viewBox.baseVal;
   const left = 58;
   const width = box.width - left - 8;
-  const perStep = Number(strips[0].path.getAttribute("d").match(/h(\d+)/)[1]);
-  const count = Math.round(width / perStep);
+  const count = Math.round(width / Number(svg.querySelector(".points").getAttribute("stroke-width")));
   const shown = formats(step, count);
   for (const text of svg.querySelectorAll("[data-at]")) text.textContent = shown.format(Number(text.dataset.at) * 1000);
   const at = (strip) => start + Math.floor((strip.middle - left) / (width / count)) * step;
