@@ -40,7 +40,7 @@ WITH_COMPILED = PYTHONSAFEPATH=1; PYTHONPATH="$(abspath $(COMPILED)):$(CURDIR)";
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: help run test bench docs lint format install lock clean
+.PHONY: help run test bench docs manifests lint format install lock clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -48,6 +48,7 @@ help:
 	@echo 'make run     start the gateway with a Redis of its own (ARGS="--port 8080" are passed on)'
 	@echo 'make test    every check and every test, in pure Python and compiled (PYTEST_ARGS="-k pipeline" are passed on)'
 	@echo 'make bench   how fast it is beside what else there is (BENCH_ARGS="single --rounds 9" are passed on)'
+	@echo 'make manifests   k8s/ and what the chart copies, from the chart and the package'
 	@echo 'make docs    the documentation as a site that needs no server: build/site/index.html'
 	@echo 'make lint    the checks alone: ruff, mypy, direction of imports'
 	@echo 'make format  let ruff put the code in shape'
@@ -78,6 +79,9 @@ test: lint $(JS)/node_modules/.package-lock.json $(STAMPS)/compiled
 	  echo "==> WARNING: nothing could be compiled here (a C compiler or Python's headers are missing);" \
 	    "only the pure form was tested"; \
 	fi
+
+manifests: $(STAMPS)/dev
+	$(BIN)/python deploy/manifests.py
 
 docs: $(STAMPS)/dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet

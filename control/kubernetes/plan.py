@@ -136,7 +136,7 @@ class Observed:
     """Of the certificate, so that a renewed one is used."""
     tls_ca: str | None = None
     images: Mapping[str, str] = field(default_factory=dict)
-    """By container: of our own beside Redis, as the pods were made with. A newer operator restarts nobody for its own."""
+    """By container: of our own beside Redis, as the pods were made. A newer operator restarts nobody for its own."""
     address: tuple[str, int] | None = None
     """Where the instance really is, if not at its Service's name."""
 

@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "deploy" / "helm" / "redisgate"
-VERSIONS = ("1.29", "1.34")
+VERSIONS = ("1.30", "1.34")
 """Of Kubernetes: the oldest that the chart takes, and a new one."""
 
 # In a process of its own: Helm is a shared library with a runtime of its own.
@@ -147,7 +147,7 @@ def test_every_variable_is_a_setting_that_there_is() -> None:
             if one["kind"] not in ("Deployment", "Job"):
                 continue
             for container in one["spec"]["template"]["spec"]["containers"]:
-                for variable in container["env"]:
+                for variable in container.get("env", ()):
                     assert f"`{variable['name']}`" in known, variable
 
 
@@ -171,3 +171,69 @@ def test_no_secret_is_in_the_pods() -> None:
     for one in made:
         if one["kind"] != "Secret":
             assert "topsecret" not in json.dumps(one)
+
+
+RULES = ROOT / "deploy" / "rbac"
+
+
+@pytest.mark.parametrize("component", ["gateway", "control-plane", "operator"])
+def test_the_charts_rights_are_those_that_components_are_tested_with(component: str) -> None:
+    made = objects({})
+    for tested in yaml.safe_load_all((RULES / f"{component}.yaml").read_text()):
+        if tested["kind"] not in ("Role", "ClusterRole"):
+            continue
+        name = f"redisgate-{component}" if tested["kind"] == "Role" else f"redisgate-redisgate-{component}"
+        assert find(made, tested["kind"], name)["rules"] == tested["rules"]
+        binding = find(made, f"{tested['kind']}Binding", name)
+        account = "redisgate-operator" if component == "operator" else "redisgate-gateway"
+        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "redisgate"}]
+        assert binding["roleRef"]["name"] == name
+
+
+def test_what_the_operator_lets_in_is_the_gateway() -> None:
+    """Network policies and ingresses of instances name the gateway's pods and Service."""
+    from control.kubernetes.plan import OperatorSettings
+
+    made = objects({"ingress": {"className": "nginx"}})
+    labels = find(made, "Deployment", "redisgate-gateway")["spec"]["template"]["metadata"]["labels"]
+    assert OperatorSettings().gateway_labels.items() <= labels.items()
+    service = find(made, "Service", OperatorSettings().gateway_service)
+    assert service["spec"]["ports"][0]["port"] == OperatorSettings().gateway_port
+    arguments = find(made, "Deployment", "redisgate-operator")["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert f"--gateway-service={service['metadata']['name']}" in arguments
+
+
+def test_the_operators_arguments_are_understood() -> None:
+    for values in SETTINGS.values():
+        for one in objects(values):
+            if one["kind"] == "Deployment" and one["metadata"]["name"].endswith("-operator"):
+                arguments = one["spec"]["template"]["spec"]["containers"][0]["args"][1:]
+                done = subprocess.run(
+                    [sys.executable, "-m", "redisgate", *arguments, "--help"],
+                    capture_output=True,
+                    text=True,
+                    timeout=30,
+                )
+                assert done.returncode == 0, done.stderr
+                for argument in arguments[1:]:
+                    assert argument.partition("=")[0] in done.stdout, argument
+
+
+def test_the_definition_of_instances_is_the_packages_and_stays_when_the_release_goes() -> None:
+    for source in (ROOT / "control" / "kubernetes" / "crd").glob("*.yaml"):
+        assert (CHART / "files" / source.name).read_text() == source.read_text(), "make manifests"
+    definition = find(objects({}), "CustomResourceDefinition", "redishttpinstances.redisgate.io")
+    assert definition["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+def test_plain_manifests_are_what_the_chart_makes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "deploy" / "manifests.py", tmp_path / "k8s"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    made = {file.name: file.read_text() for file in (tmp_path / "k8s").iterdir()}
+    assert made == {file.name: file.read_text() for file in (ROOT / "k8s").iterdir()}, "make manifests"
+    assert "randAlphaNum" not in str(made)
+    kinds = [document["kind"] for text in made.values() for document in yaml.safe_load_all(text) if document]
+    assert "Secret" not in kinds
+    assert kinds.count("Deployment") == 2

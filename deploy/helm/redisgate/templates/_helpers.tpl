@@ -65,6 +65,9 @@ capabilities:
     secretKeyRef:
       name: {{ include "redisgate.secretName" . }}
       key: secret-key
+      {{- if .Values.secret.optional }}
+      optional: true
+      {{- end }}
 {{- range $variable, $key := dict "REDISGATE_DATABASE_URL" "database-url" "REDISGATE_DATABASE_DIRECT_URL" "database-direct-url" "REDISGATE_ENCRYPTION_KEYS" "encryption-keys" "REDISGATE_AUDIT_KEY" "audit-key" }}
 - name: {{ $variable }}
   valueFrom:
