@@ -103,6 +103,8 @@ CONTROL_BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("control.database", "CONNECT_TIMEOUT", "s", "to connect, and to wait for a connection of the pool; then 503"),
     ("control.database", "COMMAND_TIMEOUT", "s", "for one statement; then 503"),
     ("control.migrate", "LOCK_SECONDS", "s", "to wait for another process that migrates"),
+    ("control.migrate", "TABLE_LOCK_SECONDS", "s", "a migration waits for a table in use, and others behind it"),
+    ("control.migrate", "TABLE_LOCK_ATTEMPTS", "attempts", "a second apart; then it gives up"),
     ("control.plane", "MAX_RETRY_SECONDS", "s", "longest pause before a PostgreSQL that is away is tried again"),
     ("control.app", "MAX_WAITING_PASSWORDS", "sign-ins", "of one worker wait for a thread, then 503"),
     ("control.passwords", "MIN_PASSWORD_LENGTH", "characters", "of a password at least"),

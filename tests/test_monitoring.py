@@ -1,15 +1,20 @@
 """Alerts and dashboards: that alerts fire when they should, and that everything they name exists."""
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from redisgate.metrics import METRICS, series_name
+from tests.http import Client
+from tests.servers import Gateway, RedisServer, free_port, single_instance, wait_for
 
 ROOT = Path(__file__).parents[1]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -107,6 +112,86 @@ def test_the_expressions_of_the_dashboards_are_promql(tmp_path: Path) -> None:
     path = tmp_path / "panels.yml"
     path.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))  # JSON is YAML
     assert f"{len(rules)} rules found" in promtool("check", "rules", str(path))
+
+
+class Prometheus:
+    """A real one, that scrapes one gateway every second."""
+
+    def __init__(self, target: int, folder: Path) -> None:
+        program = shutil.which("prometheus")
+        assert program is not None, "prometheus is not installed; Debian, Ubuntu: apt-get install prometheus"
+        config = (PROMETHEUS / "prometheus.yml").read_text()
+        config = config.replace("interval: 15s", "interval: 1s").replace("gateway:9400", f"127.0.0.1:{target}")
+        config = config.replace("alerts.yml", str(PROMETHEUS / "alerts.yml"))
+        assert str(target) in config
+        (folder / "prometheus.yml").write_text(config)
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.process = subprocess.Popen(
+            [
+                *[program, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"],
+                *[f"--web.listen-address={self.url[7:]}", "--enable-feature=exemplar-storage", "--log.level=error"],
+            ]
+        )
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=10) as answer:
+            found = json.load(answer)
+        assert found["status"] == "success", found
+        return found["data"]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        return list(self.ask("query", query=expression)["result"])
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None
+        with contextlib.suppress(OSError):
+            return bool(self.query("count_over_time(redisgate_build_info[1m]) >= 4"))
+        return False
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        finally:
+            self.process.kill()
+
+
+def test_prometheus_reads_it_all_and_answers_what_the_dashboards_ask(redis_server: RedisServer, tmp_path: Path) -> None:
+    port = free_port()
+    gateway = Gateway(single_instance(redis_server, REDISGATE_METRICS_PORT=str(port)), ["--workers", "1"])
+    prometheus = Prometheus(port, tmp_path)
+    try:
+        with Client(gateway.port) as client:
+
+            def ready() -> bool:
+                client.get("/get/a", traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+                client.get("/hget/a")
+                return prometheus.ready()
+
+            wait_for(ready, 30, what="four scrapes")
+        (up,) = prometheus.query('up{job="redisgate"}')
+        assert up["value"][1] == "1"
+        asked, shown = 0, 0
+        for dashboard in DASHBOARDS:
+            for _, expression in expressions(dashboard):
+                if not expression.startswith("label_values("):
+                    plain = expression.replace("$__rate_interval", "10s").replace("$__range", "1m")
+                    plain = plain.replace("$top", "10").replace("$gateway", ".*").replace("$tenant", ".*")
+                    asked, shown = asked + 1, shown + bool(prometheus.query(plain))
+        # What a control plane, limits and failures would show is not there.
+        assert shown >= asked * 0.6, f"{shown} of {asked}"
+        exemplars = prometheus.ask(
+            "query_exemplars", query="redisgate_command_duration_seconds_bucket", start="0", end="9999999999"
+        )
+        assert exemplars[0]["exemplars"][0]["labels"]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
+        rules = prometheus.ask("rules")["groups"][0]["rules"]
+        assert [rule["name"] for rule in rules] == ALERTS
+        assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+        assert not [rule["name"] for rule in rules if rule["state"] == "firing"]
+    finally:
+        prometheus.stop()
+        gateway.stop()
 
 
 def test_panels_have_a_place_of_their_own() -> None:
