@@ -294,6 +294,10 @@ class Operator:
             await self._apply(make_plan(instance, self._settings, Observed()).objects[:1], instance)
         hosts, refused_hosts = self._hosts(instance)
         logins, next_time = await self._logins(instance, foreign, problems)
+        if not logins:  # a Redis that starts without a password would be out of our reach for ever
+            missing = next(problem for problem in problems if problem.condition == "CredentialsReady")
+            await self._write_refusal(item, replace(missing, condition="Ready"))
+            return FOREIGN_SECONDS
         tokens = await self._keys(instance, hosts)
         tls = foreign.get(planning.tls_secret_name(instance) or "", {})
         observed = Observed(
@@ -330,7 +334,8 @@ class Operator:
                 await self._applier.apply(route, instance.uid)
         await self._write_status(item, instance, observed, health, running, problems)
         waits = [next_time] if next_time is not None else []
-        if foreign or instance.spec.auth.existing_secret or instance.spec.tls is not None:
+        spec = instance.spec
+        if spec.auth.existing_secret or any(part is not None for part in (spec.tls, spec.backup, spec.bootstrap)):
             waits.append(FOREIGN_SECONDS)
         if trouble is not None:
             waits.append(REACH_SECONDS)

@@ -136,7 +136,7 @@ class Observed:
     """Of the certificate, so that a renewed one is used."""
     tls_ca: str | None = None
     images: Mapping[str, str] = field(default_factory=dict)
-    """By container: our own ones beside Redis, as the pods were made with. A newer operator restarts nobody for them."""
+    """By container: our own ones beside Redis, as the pods have them. A newer operator restarts nobody for them."""
     address: tuple[str, int] | None = None
     """Where the instance really is, if not at its Service's name."""
 

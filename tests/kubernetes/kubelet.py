@@ -66,7 +66,8 @@ class Kubelet:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._folder = Path(tempfile.mkdtemp(prefix="rgkubelet"))
-        self._pods: dict[str, tuple[str, Pod]] = {}  # by uid of the workload: its template, and what runs
+        # by uid of the workload: its template, what runs, and the namespace and name of the pod
+        self._pods: dict[str, tuple[str, Pod, tuple[str, str]]] = {}
         self._data: dict[str, Path] = {}  # by uid of the claim
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kubelet", daemon=True)
@@ -81,7 +82,7 @@ class Kubelet:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(30)
-        for _, pod in self._pods.values():
+        for _, pod, _ in self._pods.values():
             pod.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
         assert self.failure is None, repr(self.failure)
@@ -113,16 +114,24 @@ class Kubelet:
         for kind in ("StatefulSet", "Deployment"):
             for workload in self._cluster.all(kind):
                 found[workload["metadata"]["uid"]] = workload
+        self._adopt(found)
+        orphans = [pod for pod in self._cluster.all("Pod") if not pod["metadata"].get("ownerReferences")]
         for uid in list(self._pods):
+            template, pod, place = self._pods[uid]
+            if uid not in found and place in [
+                (each["metadata"]["namespace"], each["metadata"]["name"]) for each in orphans
+            ]:
+                continue
             workload = found.get(uid, {"spec": {"replicas": 0, "template": None}, "metadata": {}})
-            template = json.dumps(workload["spec"]["template"], sort_keys=True)
+            wanted = json.dumps(workload["spec"]["template"], sort_keys=True)
             gone = workload["spec"]["replicas"] == 0 or "deletionTimestamp" in workload["metadata"]
-            if gone or self._pods[uid][0] != template or self._pods[uid][1].process.poll() is not None:
-                self._pods.pop(uid)[1].stop()
-                for pod in self._cluster.all("Pod"):
-                    if pod["metadata"]["ownerReferences"][0]["uid"] == uid:
+            if gone or template != wanted or pod.process.poll() is not None:
+                self._pods.pop(uid)
+                pod.stop()
+                for each in self._cluster.all("Pod"):
+                    if (each["metadata"].get("ownerReferences") or [{"uid": ""}])[0]["uid"] == uid:
                         with contextlib.suppress(Exception):
-                            self._cluster.delete("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
+                            self._cluster.delete("Pod", each["metadata"]["namespace"], each["metadata"]["name"])
         for claim_uid in list(self._data):
             if all(claim["metadata"]["uid"] != claim_uid for claim in self._cluster.all("PersistentVolumeClaim")):
                 shutil.rmtree(self._data.pop(claim_uid))
@@ -133,6 +142,23 @@ class Kubelet:
                     self._start(uid, workload)
                 ready = int(uid in self._pods and self._pods[uid][1].answers)
             self._tell(workload, ready)
+
+    def _adopt(self, found: dict[str, dict[str, Any]]) -> None:
+        """Give pods that their StatefulSet has left behind to the one that took its place."""
+        for pod in self._cluster.all("Pod"):
+            if pod["metadata"].get("ownerReferences"):
+                continue
+            place = (pod["metadata"]["namespace"], pod["metadata"]["name"])
+            former = next((uid for uid, (_, _, its) in self._pods.items() if its == place and uid not in found), None)
+            for uid, workload in found.items():
+                metadata = workload["metadata"]
+                if former is None or (metadata["namespace"], f"{metadata['name']}-0") != place or uid in self._pods:
+                    continue
+                owner = {"apiVersion": workload["apiVersion"], "kind": workload["kind"], "uid": uid, "controller": True}
+                owner["name"] = metadata["name"]
+                self._pods[uid] = self._pods.pop(former)
+                self._cluster.edit("Pod", *place, lambda item: item["metadata"].update(ownerReferences=[owner]))  # noqa: B023
+                break
 
     def _start(self, uid: str, workload: dict[str, Any]) -> None:
         metadata, template = workload["metadata"], workload["spec"]["template"]
@@ -150,7 +176,7 @@ class Kubelet:
         for claim in workload["spec"].get("volumeClaimTemplates", ()):
             data = self._claim(namespace, f"{claim['metadata']['name']}-{name}-0", claim)
         pod = Pod(self._folder / uuid.uuid4().hex, config, data)
-        self._pods[uid] = json.dumps(template, sort_keys=True), pod
+        self._pods[uid] = json.dumps(template, sort_keys=True), pod, (namespace, f"{name}-0")
         owner = {"apiVersion": workload["apiVersion"], "kind": workload["kind"], "name": name, "uid": uid}
         with contextlib.suppress(Exception):  # its predecessor is about to go
             self._cluster.create(
