@@ -151,7 +151,7 @@ lock: $(STAMPS)/venv
 	$(PIP) install --quiet uv
 	$(UV_COMPILE) --upgrade --extra embedded --extra kubernetes setup.cfg requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg requirements/local.in -o requirements/local.txt
-	$(UV_COMPILE) -c requirements/dev.txt setup.cfg -o requirements/runtime.txt
+	$(UV_COMPILE) -c requirements/dev.txt --extra kubernetes --extra s3 setup.cfg -o requirements/runtime.txt
 	$(UV_COMPILE) -c requirements/dev.txt requirements/bench.in -o requirements/bench.txt
 	$(UV_COMPILE) --upgrade requirements/node.in -o requirements/node.txt
 	cd $(JS) && npm install --package-lock-only --ignore-scripts --omit-lockfile-registry-resolved
