@@ -10,6 +10,7 @@ import contextlib
 import json
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -37,8 +38,20 @@ class Pod:
             # What names a folder of the container has its place here.
             lines = [line for line in text.splitlines(keepends=True) if not line.startswith(("dir ", "aclfile "))]
             (folder / name).write_text("".join(lines))
-        own = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(data), "--daemonize", "no"]
+        self.tls = "tls.crt" in config
+        own = [
+            "--tls-port" if self.tls else "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(data),
+            "--daemonize",
+            "no",
+        ]
         own += ["--aclfile", str(folder / "users.acl"), "--loglevel", "warning"]
+        if self.tls:
+            own += ["--tls-cert-file", str(folder / "tls.crt"), "--tls-key-file", str(folder / "tls.key")]
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen([redis_binary(), str(folder / "redis.conf"), *own], stdout=log, stderr=log)
 
@@ -47,9 +60,18 @@ class Pod:
         """As a readiness probe asks."""
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
             probe.settimeout(1)
-            probe.sendall(b"PING\r\n")
-            return probe.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+            with self._secured(probe) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         return False
+
+    def _secured(self, probe: socket.socket) -> socket.socket:
+        if not self.tls:
+            return probe
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context.wrap_socket(probe)
 
     def stop(self) -> None:
         self.process.terminate()

@@ -7,6 +7,8 @@ import base64
 import contextlib
 import hashlib
 import json
+import socket
+import ssl
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import redis as redis_py
+import trustme
 import yaml
 
 import control.kubernetes.operator as operators
@@ -664,6 +667,49 @@ def test_a_namespace_of_its_own(shop: Shop, operator: RunningOperator) -> None:
     wait_for(lambda: shop.get() is None, SECONDS)
     shop.gone(uid_of(item))
     assert shop.cluster.find("Namespace", "", namespace) is None
+
+
+def certificate(shop: Shop, authority: trustme.CA) -> Object:
+    issued = authority.issue_cert("127.0.0.1")
+    files = {
+        "tls.crt": issued.cert_chain_pems[0].bytes(),
+        "tls.key": issued.private_key_pem.bytes(),
+        "ca.crt": authority.cert_pem.bytes(),
+    }
+    data = {name: base64.b64encode(content).decode() for name, content in files.items()}
+    metadata = {"name": "cache-cert", "namespace": shop.name}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "kubernetes.io/tls", "data": data}
+
+
+def test_tls_and_a_renewed_certificate(shop: Shop, operator: RunningOperator) -> None:
+    shop.declare(tls={"secretName": "cache-cert"}, **DISK)
+    problem = shop.wait("TLSReady", "False", "SecretMissing")
+    assert "spec.tls.secretName: there is no Secret cache-cert" in problem["message"]
+    authority = trustme.CA()
+    shop.cluster.create(certificate(shop, authority))
+    shop.wait("TLSReady")
+    shop.wait()
+    assert (shop.get() or {})["status"]["endpoints"]["redis"].startswith("rediss://")
+    told = shop.route() or {}
+    assert told["tls"] is True
+    assert told["ca"] == authority.cert_pem.bytes().decode()
+
+    def serial() -> int:
+        told = shop.route() or {}
+        context = ssl.create_default_context(cadata=told["ca"])
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", told["port"])) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as secured,
+        ):
+            return int((secured.getpeercert() or {})["serialNumber"], 16)
+        return 0
+
+    before = serial()
+    assert before
+    shop.cluster.apply(certificate(shop, authority))
+    wait_for(lambda: serial() not in (0, before), SECONDS, "the renewed certificate")
+    shop.wait()
 
 
 def backup(**more: Any) -> Object:
