@@ -164,7 +164,7 @@ EVERY_EXTRA := --extra embedded --extra tools $(IMAGE_EXTRAS)
 # dev.txt holds everything; the others are parts of it
 lock: $(STAMPS)/venv
 	$(PIP) install --quiet uv
-	$(UV_COMPILE) --upgrade --extra embedded --extra kubernetes setup.cfg requirements/dev.in -o requirements/dev.txt
+	$(UV_COMPILE) --upgrade $(EVERY_EXTRA) setup.cfg requirements/dev.in -o requirements/dev.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded --extra tools setup.cfg requirements/local.in -o requirements/local.txt
 	$(UV_COMPILE) -c requirements/dev.txt $(IMAGE_EXTRAS) setup.cfg -o requirements/image.txt
 	$(UV_COMPILE) -c requirements/dev.txt --extra embedded setup.cfg -o requirements/embedded.txt

@@ -14,12 +14,10 @@ import contextlib
 import hashlib
 import logging
 import secrets
-import tempfile
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Final
 
 import redisgate
@@ -172,8 +170,6 @@ class Operator:
         self._claimed: dict[Key, list[str]] = {}
         # by uid: what the running Redis was told, and what it said
         self._told: dict[str, tuple[str, Running]] = {}
-        # certificates of authorities, as files, which is how a TLS context takes them
-        self._authorities_folder = Path()
 
     @property
     def synced(self) -> bool:
@@ -182,15 +178,13 @@ class Operator:
 
     async def run(self) -> None:
         """Until cancelled."""
-        with tempfile.TemporaryDirectory(prefix="redisgate-") as folder:
-            self._authorities_folder = Path(folder)
-            async with asyncio.TaskGroup() as group:
-                for reflector in (self._instances, *self._children):
-                    group.create_task(reflector.run())
-                if self._lease is None:
-                    await self._work()
-                else:
-                    await self._lease.run(self._work)
+        async with asyncio.TaskGroup() as group:
+            for reflector in (self._instances, *self._children):
+                group.create_task(reflector.run())
+            if self._lease is None:
+                await self._work()
+            else:
+                await self._lease.run(self._work)
 
     async def _work(self) -> None:
         for reflector in (self._instances, *self._children):
@@ -294,6 +288,10 @@ class Operator:
             await self._apply(make_plan(instance, self._settings, Observed()).objects[:1], instance)
         hosts, refused_hosts = self._hosts(instance)
         logins, next_time = await self._logins(instance, foreign, problems)
+        if not logins:  # a Redis that starts without a password would be out of our reach for ever
+            missing = next(problem for problem in problems if problem.condition == "CredentialsReady")
+            await self._write_refusal(item, replace(missing, condition="Ready"))
+            return FOREIGN_SECONDS
         tokens = await self._keys(instance, hosts)
         tls = foreign.get(planning.tls_secret_name(instance) or "", {})
         observed = Observed(
@@ -330,7 +328,8 @@ class Operator:
                 await self._applier.apply(route, instance.uid)
         await self._write_status(item, instance, observed, health, running, problems)
         waits = [next_time] if next_time is not None else []
-        if foreign or instance.spec.auth.existing_secret or instance.spec.tls is not None:
+        spec = instance.spec
+        if spec.auth.existing_secret or any(part is not None for part in (spec.tls, spec.backup, spec.bootstrap)):
             waits.append(FOREIGN_SECONDS)
         if trouble is not None:
             waits.append(REACH_SECONDS)
@@ -566,7 +565,7 @@ class Operator:
                 tls=instance.spec.tls is not None,
                 username=ADMIN_USER,
                 password=login.admin_password,
-                ca_file=self._authority(observed.tls_ca),
+                ca=observed.tls_ca,
                 delegated=True,
             )
             for login in observed.logins
@@ -580,14 +579,6 @@ class Operator:
             return None, Problem("Degraded", "Unreachable", str(error))
         self._told[instance.uid] = (mark, running)
         return running, _refused_settings(running)
-
-    def _authority(self, pem: str | None) -> str | None:
-        if pem is None:
-            return None
-        path = self._authorities_folder / f"{hashlib.sha256(pem.encode()).hexdigest()[:32]}.pem"
-        if not path.exists():
-            path.write_text(pem)
-        return str(path)
 
     # The end
 

@@ -136,7 +136,7 @@ class Observed:
     """Of the certificate, so that a renewed one is used."""
     tls_ca: str | None = None
     images: Mapping[str, str] = field(default_factory=dict)
-    """By container: of our own beside Redis, as the pods were made. A newer operator restarts nobody for its own."""
+    """By container: our own ones beside Redis, as the pods have them. A newer operator restarts nobody for them."""
     address: tuple[str, int] | None = None
     """Where the instance really is, if not at its Service's name."""
 
@@ -336,9 +336,9 @@ def _standalone(instance: Instance, settings: OperatorSettings, observed: Observ
         objects.append(_disruption_budget(instance, namespace))
     else:
         absent.append((DISRUPTION_BUDGETS, namespace, instance.name))
-    if spec.backup is not None:
+    if spec.backup is not None and observed.logins:
         objects.append(_backup_schedule(instance, settings, observed, namespace))
-    else:
+    elif spec.backup is None:
         absent.append((CRON_JOBS, namespace, f"{instance.name}-backup"))
     if spec.monitoring is not None and spec.monitoring.pod_monitor:
         objects.append(_pod_monitor(instance, namespace))

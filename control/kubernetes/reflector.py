@@ -8,9 +8,10 @@ bookmarks is dead and opened anew; an object that was made again under its name 
 import asyncio
 import logging
 import random
+import sys
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from control.kubernetes.client import (
     Gone,
@@ -148,7 +149,12 @@ class Reflector:
 
     def _kept(self, item: Object) -> Object:
         item["metadata"].pop("managedFields", None)
-        return item if self._keep is None else self._keep(item)
+        if self._keep is not None:
+            item = self._keep(item)
+        for part in ("metadata", "status"):
+            if part in item:
+                item[part] = _shared(item[part])
+        return item
 
     def _put(self, key: Key, item: Object) -> None:
         before = self.store.get(key)
@@ -171,3 +177,13 @@ class Reflector:
                 handler(kind, item, before)
             except Exception:
                 log.exception("a handler of %s failed for %s", self.resource.plural, "/".join(key_of(item)))
+
+
+def _shared(value: Any) -> Any:
+    """With one string for all that are equal: the objects of an instance have their labels and their owner in common,
+    and the conditions of all instances read alike. That is a third of what would be kept."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, dict):
+        return {sys.intern(name): _shared(inner) for name, inner in value.items()}
+    return [_shared(inner) for inner in value] if isinstance(value, list) else value

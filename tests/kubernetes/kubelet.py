@@ -10,6 +10,7 @@ import contextlib
 import json
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -37,8 +38,20 @@ class Pod:
             # What names a folder of the container has its place here.
             lines = [line for line in text.splitlines(keepends=True) if not line.startswith(("dir ", "aclfile "))]
             (folder / name).write_text("".join(lines))
-        own = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(data), "--daemonize", "no"]
+        self.tls = "tls.crt" in config
+        own = [
+            "--tls-port" if self.tls else "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(data),
+            "--daemonize",
+            "no",
+        ]
         own += ["--aclfile", str(folder / "users.acl"), "--loglevel", "warning"]
+        if self.tls:
+            own += ["--tls-cert-file", str(folder / "tls.crt"), "--tls-key-file", str(folder / "tls.key")]
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen([redis_binary(), str(folder / "redis.conf"), *own], stdout=log, stderr=log)
 
@@ -47,9 +60,18 @@ class Pod:
         """As a readiness probe asks."""
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
             probe.settimeout(1)
-            probe.sendall(b"PING\r\n")
-            return probe.recv(64).startswith((b"+PONG", b"-NOAUTH"))
+            with self._secured(probe) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64).startswith((b"+PONG", b"-NOAUTH"))
         return False
+
+    def _secured(self, probe: socket.socket) -> socket.socket:
+        if not self.tls:
+            return probe
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        return context.wrap_socket(probe)
 
     def stop(self) -> None:
         self.process.terminate()
@@ -66,7 +88,8 @@ class Kubelet:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._folder = Path(tempfile.mkdtemp(prefix="rgkubelet"))
-        self._pods: dict[str, tuple[str, Pod]] = {}  # by uid of the workload: its template, and what runs
+        # by uid of the workload: its template, what runs, and the namespace and name of the pod
+        self._pods: dict[str, tuple[str, Pod, tuple[str, str]]] = {}
         self._data: dict[str, Path] = {}  # by uid of the claim
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kubelet", daemon=True)
@@ -81,7 +104,7 @@ class Kubelet:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(30)
-        for _, pod in self._pods.values():
+        for _, pod, _ in self._pods.values():
             pod.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
         assert self.failure is None, repr(self.failure)
@@ -113,16 +136,24 @@ class Kubelet:
         for kind in ("StatefulSet", "Deployment"):
             for workload in self._cluster.all(kind):
                 found[workload["metadata"]["uid"]] = workload
+        self._adopt(found)
+        orphans = [pod for pod in self._cluster.all("Pod") if not pod["metadata"].get("ownerReferences")]
         for uid in list(self._pods):
+            template, pod, place = self._pods[uid]
+            if uid not in found and place in [
+                (each["metadata"]["namespace"], each["metadata"]["name"]) for each in orphans
+            ]:
+                continue
             workload = found.get(uid, {"spec": {"replicas": 0, "template": None}, "metadata": {}})
-            template = json.dumps(workload["spec"]["template"], sort_keys=True)
+            wanted = json.dumps(workload["spec"]["template"], sort_keys=True)
             gone = workload["spec"]["replicas"] == 0 or "deletionTimestamp" in workload["metadata"]
-            if gone or self._pods[uid][0] != template or self._pods[uid][1].process.poll() is not None:
-                self._pods.pop(uid)[1].stop()
-                for pod in self._cluster.all("Pod"):
-                    if pod["metadata"]["ownerReferences"][0]["uid"] == uid:
+            if gone or template != wanted or pod.process.poll() is not None:
+                self._pods.pop(uid)
+                pod.stop()
+                for each in self._cluster.all("Pod"):
+                    if (each["metadata"].get("ownerReferences") or [{"uid": ""}])[0]["uid"] == uid:
                         with contextlib.suppress(Exception):
-                            self._cluster.delete("Pod", pod["metadata"]["namespace"], pod["metadata"]["name"])
+                            self._cluster.delete("Pod", each["metadata"]["namespace"], each["metadata"]["name"])
         for claim_uid in list(self._data):
             if all(claim["metadata"]["uid"] != claim_uid for claim in self._cluster.all("PersistentVolumeClaim")):
                 shutil.rmtree(self._data.pop(claim_uid))
@@ -133,6 +164,23 @@ class Kubelet:
                     self._start(uid, workload)
                 ready = int(uid in self._pods and self._pods[uid][1].answers)
             self._tell(workload, ready)
+
+    def _adopt(self, found: dict[str, dict[str, Any]]) -> None:
+        """Give pods that their StatefulSet has left behind to the one that took its place."""
+        for pod in self._cluster.all("Pod"):
+            if pod["metadata"].get("ownerReferences"):
+                continue
+            place = (pod["metadata"]["namespace"], pod["metadata"]["name"])
+            former = next((uid for uid, (_, _, its) in self._pods.items() if its == place and uid not in found), None)
+            for uid, workload in found.items():
+                metadata = workload["metadata"]
+                if former is None or (metadata["namespace"], f"{metadata['name']}-0") != place or uid in self._pods:
+                    continue
+                owner = {"apiVersion": workload["apiVersion"], "kind": workload["kind"], "uid": uid, "controller": True}
+                owner["name"] = metadata["name"]
+                self._pods[uid] = self._pods.pop(former)
+                self._cluster.edit("Pod", *place, lambda item: item["metadata"].update(ownerReferences=[owner]))  # noqa: B023
+                break
 
     def _start(self, uid: str, workload: dict[str, Any]) -> None:
         metadata, template = workload["metadata"], workload["spec"]["template"]
@@ -150,7 +198,7 @@ class Kubelet:
         for claim in workload["spec"].get("volumeClaimTemplates", ()):
             data = self._claim(namespace, f"{claim['metadata']['name']}-{name}-0", claim)
         pod = Pod(self._folder / uuid.uuid4().hex, config, data)
-        self._pods[uid] = json.dumps(template, sort_keys=True), pod
+        self._pods[uid] = json.dumps(template, sort_keys=True), pod, (namespace, f"{name}-0")
         owner = {"apiVersion": workload["apiVersion"], "kind": workload["kind"], "name": name, "uid": uid}
         with contextlib.suppress(Exception):  # its predecessor is about to go
             self._cluster.create(

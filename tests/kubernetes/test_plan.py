@@ -1,0 +1,253 @@
+"""What is planned for a resource, read without a cluster and held to the published schemas of Kubernetes."""
+
+import base64
+import json
+from dataclasses import replace
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from control.kubernetes import plan as planning
+from control.kubernetes.client import Object
+from control.kubernetes.plan import PLANS, Login, Observed, OperatorSettings, Plan, claim_hosts, make_plan
+from control.kubernetes.spec import Instance, read_instance
+
+SETTINGS = OperatorSettings(base_domain="db.example", monitoring_namespace="monitoring", ingress_class="nginx")
+LOGIN = Login(1, "cache-auth-1", "2026-01-01T00:00:00Z", "password", "admin")
+OBSERVED = Observed(
+    logins=(LOGIN,), token="token", readonly_token="readonly", hosts=("cache-aaaaaa.db.example", "cart.db.example")
+)
+S3 = {"bucket": "backups", "endpoint": "https://s3.example", "region": "eu", "credentialsSecret": "s3"}
+LIMITS = {"requests": {"cpu": "100m", "memory": 67108864}, "limits": {"memory": "128Mi"}}
+EVERYTHING: Object = {
+    "resources": LIMITS,
+    "memory": {"maxmemoryPercent": 60, "evictionPolicy": "allkeys-lru"},
+    "config": {"maxclients": "500", "io-threads": "2", "notify-keyspace-events": ""},
+    "persistence": {"size": "2Gi", "storageClassName": "fast", "strategy": "AOFAndRDB"},
+    "tls": {"secretName": "tls", "clientAuth": "Optional"},
+    "gateway": {
+        "ingress": {"className": "traefik", "tlsSecretName": "wild", "annotations": {"cert-manager.io/issuer": "le"}},
+        "rateLimit": {"requestsPerSecond": 10, "burst": 20},
+        "commands": {"deny": ["flushall"]},
+    },
+    "networkPolicy": {"extraFrom": [{"namespaceSelector": {"matchLabels": {"team": "a"}}}]},
+    "scheduling": {
+        "antiAffinity": "Required",
+        "nodeSelector": {"disk": "ssd"},
+        "tolerations": [{"key": "redis", "operator": "Exists"}],
+        "topologySpreadConstraints": [
+            {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule", "labelSelector": {}}
+        ],
+        "priorityClassName": "high",
+    },
+    "backup": {"schedule": "0 3 * * *", "keep": 3, "s3": S3 | {"prefix": "redis"}},
+    "bootstrap": {"fromBackup": "old.rdb", "s3": S3},
+    "monitoring": {"exporter": True},
+}
+SHAPES: dict[str, Object] = {
+    "a cache": {},
+    "a database": {"persistence": {"size": "1Gi"}},
+    "a hibernating one": {"persistence": {"size": "1Gi"}, "replicas": 0},
+    "a namespace of its own": {"placement": {"namespaceMode": "Dedicated"}, "persistence": {"size": "1Gi"}},
+    "everything": EVERYTHING,
+    "everything in a namespace of its own": EVERYTHING | {"placement": {"namespaceMode": "Dedicated"}},
+}
+# since these are the definitions of others, no schema of Kubernetes knows them
+OTHERS = ("Certificate", "PodMonitor")
+
+
+def instance(**spec: Any) -> Instance:
+    metadata = {"name": "cache", "namespace": "shop", "uid": "6f1c", "labels": {"redisgate.io/organization": "acme"}}
+    return read_instance({"metadata": metadata, "spec": {"mode": "Standalone"} | spec})
+
+
+def plan_of(observed: Observed = OBSERVED, settings: OperatorSettings = SETTINGS, **spec: Any) -> Plan:
+    return make_plan(instance(**spec), settings, observed)
+
+
+def one(plan: Plan, kind: str, name: str = "cache") -> Object:
+    found = [each for each in plan.objects if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    assert len(found) == 1, [(each["kind"], each["metadata"]["name"]) for each in plan.objects]
+    return found[0]
+
+
+@pytest.mark.parametrize("version", ["1.31", "1.34"])
+@pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
+def test_the_published_schemas_accept_it(spec: Object, version: str) -> None:
+    copies = {"s3": {"metadata": {"name": "s3"}, "data": {}}, "tls": {"metadata": {"name": "tls"}, "data": {}}}
+    plan = plan_of(replace(OBSERVED, copies=copies, tls_ca="ca", tls_digest="1"), **spec)
+    assert plan.refusal is None
+    made = instance(**spec)
+    more = [
+        planning.login_secret(made, 1, "a", "b", ""),
+        planning.key_secret(made, "a", "b", "https://x"),
+        *([planning.final_backup(made, SETTINGS, OBSERVED)] if "backup" in spec else []),
+    ]
+    for child in [*plan.objects, *more]:
+        if child["kind"] not in OTHERS:
+            kubernetes_validate.validate(child, version, strict=True)
+
+
+@pytest.mark.parametrize("spec", SHAPES.values(), ids=SHAPES)
+def test_an_owner_reference_never_crosses_a_namespace(spec: Object) -> None:
+    """It would get the object deleted while its owner lives."""
+    for child in plan_of(**spec).objects:
+        same = child["metadata"].get("namespace") == "shop"
+        assert ("ownerReferences" in child["metadata"]) is same, child["kind"]
+        assert child["metadata"]["labels"]["redisgate.io/instance-uid"] == "6f1c"
+        assert child["metadata"]["labels"]["redisgate.io/organization"] == "acme"
+
+
+def containers(spec: Object) -> list[Object]:
+    return [*spec.get("initContainers", ()), *spec["containers"]]
+
+
+def test_pods_have_no_more_rights_than_they_need() -> None:
+    plan = plan_of(**EVERYTHING)
+    pods = [
+        one(plan, "StatefulSet")["spec"]["template"]["spec"],
+        one(plan, "CronJob", "cache-backup")["spec"]["jobTemplate"]["spec"]["template"]["spec"],
+    ]
+    for pod in pods:
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in containers(pod):
+            assert container["securityContext"]["readOnlyRootFilesystem"] is True
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_only_the_gateway_the_operator_and_backups_get_in() -> None:
+    policy = one(plan_of(), "NetworkPolicy")["spec"]
+    rule = policy["ingress"][0]
+    assert [each.get("namespaceSelector", {}).get("matchLabels") for each in rule["from"]] == [
+        {"kubernetes.io/metadata.name": "redisgate"},
+        {"kubernetes.io/metadata.name": "redisgate"},
+        None,
+    ]
+    assert rule["from"][2]["podSelector"]["matchLabels"]["redisgate.io/instance-uid"] == "6f1c"
+    assert policy["egress"] == []
+    assert "Egress" in policy["policyTypes"], "scripts of a tenant reach nothing"
+    assert one(plan_of(networkPolicy={"extraFrom": [{"podSelector": {}}]}), "NetworkPolicy")["spec"]["ingress"][0][
+        "from"
+    ][3] == {"podSelector": {}}
+    assert ("cache") in [name for _, _, name in plan_of(networkPolicy={"mode": "Disabled"}).absent]
+
+
+def test_an_ingress_leads_to_the_gateway() -> None:
+    ingress = one(plan_of(), "Ingress", "route-6f1c")
+    assert ingress["metadata"]["namespace"] == "redisgate"
+    assert [rule["host"] for rule in ingress["spec"]["rules"]] == list(OBSERVED.hosts)
+    for rule in ingress["spec"]["rules"]:
+        assert rule["http"]["paths"][0]["backend"]["service"] == {"name": "redisgate-gateway", "port": {"number": 80}}
+    assert ingress["spec"]["ingressClassName"] == "nginx"
+    plan = plan_of(gateway={"ingress": {"annotations": {"nginx.ingress.kubernetes.io/server-snippet": "return 200;"}}})
+    assert "server-snippet" not in str(one(plan, "Ingress", "route-6f1c"))
+    assert plan.problems[0].reason == "AnnotationRefused"
+
+
+def test_body_limits_agree_with_the_gateways_own() -> None:
+    settings = replace(SETTINGS, max_request_bytes=5_000)
+    plan = plan_of(settings=settings, gateway={"maxRequestBytes": 1_000_000})
+    ingress = one(plan, "Ingress", "route-6f1c")
+    assert ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"] == "5000"
+    assert route(plan)["limits"]["maxRequestBytes"] == 5_000
+
+
+def route(plan: Plan) -> Object:
+    data: Object = json.loads(base64.b64decode(one(plan, "Secret", "route-6f1c")["data"]["instance.json"]))
+    return data
+
+
+def test_a_gateway_never_sees_a_key() -> None:
+    told = route(plan_of())
+    assert "token" not in [value for token in told["tokens"] for value in token.values()]
+    assert [token["scopes"] for token in told["tokens"]] == [["read", "write"], ["read"]]
+    assert told["host"] == "cache.shop.svc.cluster.local", "a name, never the address of a pod"
+
+
+def config_of(plan: Plan) -> dict[str, str]:
+    text = base64.b64decode(one(plan, "Secret", "cache-config")["data"]["redis.conf"]).decode()
+    return dict(line.split(" ", 1) for line in text.splitlines())
+
+
+def test_memory() -> None:
+    assert config_of(plan_of())["maxmemory"] == "0"
+    assert config_of(plan_of(resources=LIMITS))["maxmemory"] == str(96 * 2**20)
+    config = config_of(plan_of(resources=LIMITS, memory={"maxmemoryPercent": 50, "evictionPolicy": "allkeys-lru"}))
+    assert (config["maxmemory"], config["maxmemory-policy"]) == (str(64 * 2**20), "allkeys-lru")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "appendonly", "save"),
+    [("AOF", "yes", '""'), ("RDB", "no", "3600 1 300 100 60 10000"), ("AOFAndRDB", "yes", "3600 1 300 100 60 10000")],
+)
+def test_persistence(strategy: str, appendonly: str, save: str) -> None:
+    config = config_of(plan_of(persistence={"size": "1Gi", "strategy": strategy}))
+    assert (config["appendonly"], config["save"]) == (appendonly, save)
+
+
+def test_the_engine_is_the_one_that_was_asked_for() -> None:
+    def image(**engine: str) -> str:
+        template = one(plan_of(engine=engine), "Deployment")["spec"]["template"]
+        return str(template["spec"]["containers"][0]["image"])
+
+    assert image(type="Redis", version="7.2") == "redis:7.2"
+    assert image(type="Valkey", version="8.1") == "valkey/valkey:8.1"
+    assert image(image="mirror/redis:custom") == "mirror/redis:custom"
+
+
+def test_only_what_needs_a_restart_restarts() -> None:
+    def template(**spec: Any) -> Object:
+        return dict(one(plan_of(persistence={"size": "1Gi"}, **spec), "StatefulSet")["spec"]["template"])
+
+    base = template()
+    assert template(config={"maxclients": "10"}, memory={"evictionPolicy": "allkeys-lru"}) == base
+    assert template(gateway={"commands": {"deny": ["keys"]}}, auth={"rotation": {"trigger": "x"}}) == base
+    assert template(suspend=True) == base
+    assert template(config={"io-threads": "2"}) != base
+    assert template(engine={"version": "8.2"}) != base
+
+
+def test_a_renewed_certificate_is_used() -> None:
+    def template(digest: str) -> Object:
+        observed = replace(OBSERVED, tls_digest=digest)
+        return dict(one(plan_of(observed, tls={"secretName": "tls"}), "Deployment")["spec"]["template"])
+
+    assert template("1") == template("1")
+    assert template("1") != template("2")
+
+
+def test_cache_data_is_never_split_between_two_pods() -> None:
+    assert one(plan_of(), "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_a_mode_is_a_plan() -> None:
+    assert set(PLANS) == {"Standalone", "Sentinel", "Cluster"}
+    for mode in ("Sentinel", "Cluster"):
+        plan = plan_of(mode=mode)
+        assert plan.objects == []
+        assert plan.refusal is not None
+        assert plan.refusal.reason == "ModeNotBuilt"
+
+
+def test_a_quantity_that_is_none_is_named() -> None:
+    refusal = plan_of(resources={"limits": {"memory": "much"}}).refusal
+    assert refusal is not None
+    assert refusal.message.startswith("spec.resources.limits.memory: 'much'")
+
+
+def test_hosts() -> None:
+    wanted = instance(gateway={"hosts": ["a.db.example", "db.example", "x.example", "b.db.example"]})
+    own = f"{wanted.label}.db.example"
+    older = {"b.db.example": [(("2020-01-01T00:00:00Z", "1"), "1", "shop/older")]}
+    wanted = replace(wanted, created="2021-01-01T00:00:00Z")
+    hosts, refused = claim_hosts(wanted, older, "db.example")
+    assert hosts == (own, "a.db.example")
+    assert set(refused) == {"db.example", "x.example", "b.db.example"}
+    assert claim_hosts(wanted, {}, "") == (
+        (),
+        dict.fromkeys(wanted.spec.gateway.hosts, "this gateway has no base domain"),
+    )
