@@ -71,6 +71,8 @@ async def hand_out(
         NotFound, BadRequest, Conflict: there is no such instance, or not here, or it does not run.
         TooManyRequests, Unavailable: not now.
     """
+    if context.extra.get(_RUNNING, 0) >= MAX_AT_ONCE:
+        raise TooManyRequests(f"{MAX_AT_ONCE} snapshots are being made already; try again", RETRY_SECONDS)
     async with context.database.transaction() as connection:
         row = await _find_here(context, connection, organization_id, instance_id)
         if row["status"] not in ("running", "updating") or row["endpoint"] is None:
@@ -79,8 +81,6 @@ async def hand_out(
         await audit.record(
             connection, acting, "instances.backup", ("instance", instance_id), organization_id=organization_id
         )
-    if context.extra.get(_RUNNING, 0) >= MAX_AT_ONCE:
-        raise TooManyRequests(f"{MAX_AT_ONCE} snapshots are being made already; try again", RETRY_SECONDS)
     chunks = _counted(context, Address(path=row["endpoint"]["unix"], username=ADMIN_USER, password=password or ""))
     try:
         first = await anext(chunks)
