@@ -7,10 +7,10 @@ it. What was there before is kept until the new data runs, and put back if it do
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from starlette.responses import StreamingResponse
@@ -46,20 +46,31 @@ class Part:
 class SnapshotResponse(StreamingResponse):
     """A snapshot while it comes; the connection to Redis ends with it, however it ends."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], name: str) -> None:
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], name: str) -> None:
+        """`rest` has begun: what has not is closed without a word to anybody."""
         super().__init__(
-            chunks,
+            self._all(first, rest),
             media_type="application/octet-stream",
             headers={"Content-Disposition": f'attachment; filename="{name}"', "X-Content-Type-Options": "nosniff"},
         )
-        self._chunks: Any = chunks
+        self._rest = rest
+
+    @staticmethod
+    async def _all(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+        yield first
+        async for chunk in rest:
+            yield chunk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._chunks.aclose()
+            await self.close()
+
+    async def close(self) -> None:
+        """End it wherever it is."""
+        await self._rest.aclose()
 
 
 async def hand_out(
@@ -71,6 +82,8 @@ async def hand_out(
         NotFound, BadRequest, Conflict: there is no such instance, or not here, or it does not run.
         TooManyRequests, Unavailable: not now.
     """
+    if context.extra.get(_RUNNING, 0) >= MAX_AT_ONCE:
+        raise TooManyRequests(f"{MAX_AT_ONCE} snapshots are being made already; try again", RETRY_SECONDS)
     async with context.database.transaction() as connection:
         row = await _find_here(context, connection, organization_id, instance_id)
         if row["status"] not in ("running", "updating") or row["endpoint"] is None:
@@ -79,35 +92,24 @@ async def hand_out(
         await audit.record(
             connection, acting, "instances.backup", ("instance", instance_id), organization_id=organization_id
         )
-    if context.extra.get(_RUNNING, 0) >= MAX_AT_ONCE:
-        raise TooManyRequests(f"{MAX_AT_ONCE} snapshots are being made already; try again", RETRY_SECONDS)
     chunks = _counted(context, Address(path=row["endpoint"]["unix"], username=ADMIN_USER, password=password or ""))
     try:
         first = await anext(chunks)
     except ProvisionError as error:
         raise Unavailable(f"no snapshot could be made: {error}; try again") from error
     moment = context.now().strftime("%Y%m%d-%H%M%S")
-    return SnapshotResponse(_with_first(first, chunks), f"{row['slug']}-{moment}.rdb")
+    return SnapshotResponse(first, chunks, f"{row['slug']}-{moment}.rdb")
 
 
-async def _counted(context: Context, address: Address) -> AsyncIterator[bytes]:
+async def _counted(context: Context, address: Address) -> AsyncGenerator[bytes, None]:
     context.extra[_RUNNING] = context.extra.get(_RUNNING, 0) + 1
-    chunks: Any = take(address)
+    chunks = take(address)
     try:
         async for chunk in chunks:
             yield chunk
     finally:
         context.extra[_RUNNING] -= 1
         await chunks.aclose()
-
-
-async def _with_first(first: bytes, rest: Any) -> AsyncIterator[bytes]:
-    try:
-        yield first
-        async for chunk in rest:
-            yield chunk
-    finally:
-        await rest.aclose()
 
 
 def read_part(content: bytes, content_range: str | None) -> Part:

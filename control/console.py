@@ -7,6 +7,7 @@ quota. A viewer's only read. Replies keep their types, so that they can be shown
 import asyncio
 import base64
 import contextlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -347,13 +348,16 @@ async def run_typed(desk: Desk, commands: Sequence[Argv], *, confirmed: bool) ->
 # Replies
 
 
+_CONTROL: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
 def text_of(value: bytes) -> str | None:
     """Bytes that are text a person can read, as text; else None."""
     try:
         text = value.decode()
     except UnicodeDecodeError:
         return None
-    return text if all(char.isprintable() or char in "\n\r\t" for char in text) else None
+    return None if _CONTROL.search(text) else text
 
 
 def bulk(value: bytes) -> Node:

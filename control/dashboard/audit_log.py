@@ -28,6 +28,8 @@ AREAS: Final = (
 """What actions begin with."""
 OUTCOMES: Final = ("success", "failure", "denied")
 MAX_TEXT: Final = 100
+"""Characters of one field of the filter."""
+_ACTIONS: Final = "organization.action."
 
 
 @page("GET", "/dashboard/{org_id}/audit", permission="audit.read")
@@ -52,10 +54,6 @@ async def show(request: PageRequest, template: str, organization_id: UUID | None
     async with request.context.database.connection() as connection:
         found, total = await list_events(connection, wanted, page=number, limit=PAGE_SIZE)
         told = await events.told(connection, found)
-        actions = await connection.fetch(
-            "SELECT DISTINCT action FROM audit_events WHERE $1::uuid IS NULL OR organization_id = $1 ORDER BY action",
-            organization_id,
-        )
         chain = await audit.last_check(connection)
         head = await audit.current_head(connection)
     return await render(
@@ -66,7 +64,7 @@ async def show(request: PageRequest, template: str, organization_id: UUID | None
         asked=asked,
         actor=_actor_name(found, asked.get("actor_id")),
         areas=AREAS,
-        actions=[row["action"] for row in actions],
+        actions=[key.removeprefix(_ACTIONS) for key in sorted(request.texts.keys()) if key.startswith(_ACTIONS)],
         outcomes=OUTCOMES,
         export=urlencode(_for_api(wanted)),
         chain=chain,

@@ -429,18 +429,19 @@ class LocalProvisioner:
     async def load(self, spec: Spec, upload: UUID) -> Found:
         """See `LoadsSnapshots.load`."""
         home = self._home(spec.id)
+        found: Found | None = None
         if await asyncio.to_thread(home.loaded) != str(upload):
             try:
-                await self._replace_data(home, spec, upload)
+                found = await self._replace_data(home, spec, upload)
             except (ProvisionError, OSError) as error:
                 await self._put_back(home, spec)
                 await asyncio.to_thread(home.clean, upload)
                 reason = str(error) if isinstance(error, ProvisionError) else f"this host cannot: {error.strerror}"
                 raise ProvisionError(reason, permanent=True) from error
         await asyncio.to_thread(home.clean, upload)
-        return await self.ensure(spec)
+        return found if found is not None else await self.ensure(spec)
 
-    async def _replace_data(self, home: _Home, spec: Spec, upload: UUID) -> None:
+    async def _replace_data(self, home: _Home, spec: Spec, upload: UUID) -> Found:
         if not await asyncio.to_thread(home.is_swapped, upload):
             server = self._choose(spec.redis_version)
             await asyncio.to_thread(home.prepare, upload_path(home.path, upload), server, spec.persistence)
@@ -448,9 +449,10 @@ class LocalProvisioner:
             await self.stop(spec)
             await asyncio.to_thread(home.swap, upload)
             self._on_step("snapshot in place")
-        await self.ensure(spec)
+        found = await self.ensure(spec)
         await asyncio.to_thread(home.keep, upload, spec.persistence or spec.backup)
         self._on_step("snapshot loaded")
+        return found
 
     async def _put_back(self, home: _Home, spec: Spec) -> None:
         if await asyncio.to_thread(home.old.exists):

@@ -12,7 +12,7 @@ An upload lies beside the instance's data until it is loaded:
 import asyncio
 import os
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Final
 from uuid import UUID, uuid4
@@ -33,7 +33,7 @@ _DELIMITER_BYTES: Final = 40
 _MAX_LINE: Final = 1024
 
 
-async def take(address: Address) -> AsyncIterator[bytes]:
+async def take(address: Address) -> AsyncGenerator[bytes, None]:
     """The data of an instance as an RDB file, in chunks. The address is its Unix socket, with an administrator's login.
 
     Raises:

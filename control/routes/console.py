@@ -162,9 +162,9 @@ def _swept(swept: browser.Swept) -> dict[str, object]:
 
 
 class Watch(msgspec.Struct):
-    """`contains`: only lines with this text, whatever its case."""
+    """`filter`: only lines with this text, whatever its case."""
 
-    contains: str = ""
+    filter: str = ""
 
 
 @endpoint(
@@ -181,7 +181,7 @@ async def monitor(request: ApiRequest) -> object:
     `skipped` with how many were left out, `ended` with the reason.
     """
     async with sit_down(request, write=True, wait=False) as desk:
-        return await live.watch(request, desk, request.parameters.contains)
+        return await live.watch(request, desk, request.parameters.filter)
 
 
 class Listen(msgspec.Struct):
@@ -189,7 +189,7 @@ class Listen(msgspec.Struct):
 
     channels: str = ""
     patterns: str = ""
-    contains: str = ""
+    filter: str = ""
 
 
 @endpoint(
@@ -207,4 +207,4 @@ async def subscribe(request: ApiRequest) -> object:
     async with sit_down(request, wait=False) as desk:
         channels = [name.encode() for name in wanted.channels.split()]
         patterns = [name.encode() for name in wanted.patterns.split()]
-        return await live.subscribe(request, desk, channels, patterns, wanted.contains)
+        return await live.subscribe(request, desk, channels, patterns, wanted.filter)

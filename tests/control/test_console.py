@@ -328,7 +328,7 @@ def listen(owner_api: Api) -> Iterator[Any]:
 
 
 def test_the_monitor_shows_commands_filtered(terminal: Terminal, listen: Any, redis: RedisServer) -> None:
-    events = listen(f"{terminal.path}/monitor?contains=WANTED")
+    events = listen(f"{terminal.path}/monitor?filter=WANTED")
     assert events.status == 200
     assert events.headers["content-type"].startswith("text/event-stream")
     assert events.next() == ("ready", {})
@@ -350,7 +350,7 @@ def test_messages_of_channels_and_patterns_arrive(terminal: Terminal, reader: Te
 
 
 def test_a_flood_is_skipped_and_counted(terminal: Terminal, listen: Any, redis: RedisServer) -> None:
-    events = listen(f"{terminal.path}/monitor?contains=flood")
+    events = listen(f"{terminal.path}/monitor?filter=flood")
     assert events.next() == ("ready", {})
     redis.raw(b"SET flood 1\r\n" * 20_000, 5 * 20_000)
     kinds = []

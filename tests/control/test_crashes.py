@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from control import instances, steward
+from control import backups, instances, steward
 from control.app import make_context
 from control.database import Record
 from control.http import ApiError, Context
@@ -219,6 +219,22 @@ async def runs_with_a_new_password(world: World, row: Record) -> None:
     assert row["next_password_encrypted"] is None
 
 
+async def load(world: World, instance_id: UUID) -> None:
+    given = await backups.hand_out(world.context, world.actor, world.organization_id, instance_id)
+    content = b"".join([bytes(chunk) async for chunk in given.body_iterator])
+    await call(world.context, instance_id, "SET", "later", "gone")
+    part = backups.read_part(content, None)
+    assert await backups.take_in(world.context, world.actor, world.organization_id, instance_id, part)
+
+
+async def runs_with_the_snapshot(world: World, row: Record) -> None:
+    assert await call(world.context, row["id"], "EXISTS", "later") == 0
+    assert row["load_upload"] is None
+    home = instances_dir(world.context.gateway_settings) / str(row["id"])
+    assert {path.name for path in home.iterdir()} <= {"data", "lock", "loaded", "redis.conf", "redis.log", "redis.pid"}
+    await runs_with_its_data(world, row)
+
+
 SCENARIOS = {
     "update": Scenario(resize, ("prepared", "adjusted", "update: recorded"), runs_larger),
     "restart": Scenario(
@@ -230,6 +246,20 @@ SCENARIOS = {
         die,
         ("check: recorded", "prepared", "started", "adjusted", "start: recorded"),
         runs_with_its_data,
+    ),
+    "load": Scenario(
+        load,
+        (
+            "snapshot checked",
+            "stopped",
+            "snapshot in place",
+            "prepared",
+            "started",
+            "adjusted",
+            "snapshot loaded",
+            "load a snapshot: recorded",
+        ),
+        runs_with_the_snapshot,
     ),
     "stop": Scenario(stop, ("stopping: recorded", "stopped", "stop: recorded"), is_stopped),
     "delete": Scenario(delete, ("stopped", "stop: recorded"), is_stopped),

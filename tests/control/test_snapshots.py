@@ -14,13 +14,17 @@ from typing import Any
 import httpx
 import pytest
 
+from control import backups, hosts, instances
+from control.http import Context, TooManyRequests
 from control.provisioners import ADMIN_USER, Found, ProvisionError, Spec
 from control.provisioners.local import LocalProvisioner, stop_everything
 from control.provisioners.snapshots import CHUNK_BYTES, WrongPart, receive, take, upload_path
 from resp.address import Address
+from tests.control import people
 from tests.control.conftest import Service
 from tests.control.service import Api, register
 from tests.control.test_local import SERVERS, call, make_spec
+from tests.control.test_usage import put_instance
 from tests.http import Client
 
 MIB = 1024 * 1024
@@ -240,7 +244,37 @@ def test_parts_follow_each_other(tmp_path: Path) -> None:
         receive(tmp_path, 3, b"x", 9)
 
 
-# Through the whole service
+async def test_a_worker_hands_out_so_many_at_a_time(local: Local, context: Context, client: httpx.AsyncClient) -> None:
+    spec = make_spec(max_memory=64 * MIB)
+    found = await local.provisioner.ensure(spec)
+    await call(found, "SET", "large", "x" * (8 * CHUNK_BYTES))
+    person = await people.register(client)
+    await put_instance(context, person.organization_id, spec.id, found.endpoint)
+    here = await asyncio.to_thread(hosts.host_id, context.gateway_settings.state_dir)
+    await hosts.register(context.database, here, "here", [])
+    encrypted = context.encryption.encrypt(b"admin", instances.secret_context(spec.id, "admin_password"))
+    await context.database.execute(
+        "UPDATE instances SET provisioner = 'local', host_id = $2, admin_password_encrypted = $3 WHERE id = $1",
+        spec.id,
+        here,
+        encrypted,
+    )
+
+    async def take_one() -> backups.SnapshotResponse:
+        return await backups.hand_out(context, context.audit.system("tests"), person.organization_id, spec.id)
+
+    under_way = [await take_one() for _ in range(backups.MAX_AT_ONCE)]
+    with pytest.raises(TooManyRequests):
+        await take_one()
+    await under_way.pop().close()  # a client that left
+    last = await take_one()
+    assert len(b"".join([bytes(chunk) async for chunk in last.body_iterator])) > 0  # type: ignore[arg-type]
+    for response in under_way:
+        await response.close()
+    assert context.extra["backups.running"] == 0
+
+
+# Through the whole service; not earlier, for its steward looks after all that is in the database
 
 
 @pytest.fixture(scope="module")

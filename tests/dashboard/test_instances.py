@@ -1,5 +1,6 @@
 """Pages of instances without a browser: who sees and does what, what forms do, hostile names, weight and speed."""
 
+import dataclasses
 import re
 import time
 from datetime import UTC, datetime, timedelta
@@ -103,12 +104,13 @@ async def test_a_new_instance_leads_to_its_page(pages: Pages, context: Context, 
     ("fields", "wrong"),
     [
         ({"name": ""}, "name"),
+        ({"name": "x" * 200}, "name"),
         ({"slug": "Not A Slug"}, "slug"),
         ({"max_memory": "12"}, "max_memory"),
         ({"kind": "existing", "external_url": "http://example.com"}, "external_url"),
         ({"kind": "existing", "external_url": ""}, "external_url"),
     ],
-    ids=["no name", "slug", "memory", "no Redis", "no address"],
+    ids=["no name", "long name", "slug", "memory", "no Redis", "no address"],
 )
 async def test_what_is_wrong_stands_at_its_field_and_the_rest_stays(
     pages: Pages, person: Person, fields: dict[str, str], wrong: str
@@ -139,6 +141,19 @@ async def test_an_existing_redis_is_registered(
     assert "An existing Redis" in shown
     assert f"redis-cli -u redis://127.0.0.1:{redis_server.port}" in shown
     assert "--askpass" not in shown
+
+
+async def test_where_no_instances_are_made_the_form_asks_for_an_address_alone(
+    pages: Pages, context: Context, person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = dataclasses.replace(context.settings, provisioner="external")
+    monkeypatch.setattr(context, "gateway_settings", dataclasses.replace(context.gateway_settings, control=control))
+    await pages.sign_in(person.email, PASSWORD)
+    shown = (await pages.get(f"/dashboard/{person.organization_id}/instances/new")).text
+    assert "max_memory" not in shown
+    assert 'name="external_url"' in shown
+    response = await pages.post(f"/dashboard/{person.organization_id}/instances/new", 400, kind="existing", name="a")
+    assert 'href="#f-external_url"' in response.text
 
 
 async def test_a_full_quota_is_said_before_and_after(pages: Pages, context: Context, person: Person) -> None:

@@ -3,6 +3,7 @@ names, the account's own pages."""
 
 import re
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from control.audit import check_chain
 from control.dashboard.account import agent_name
 from control.dashboard.events import changes
 from control.http import Context
+from control.pages import texts
 from tests.control.people import PASSWORD, Person, join, register, sign_in
 from tests.dashboard.conftest import Pages
 
@@ -426,6 +428,15 @@ async def test_whether_the_chain_holds_is_shown(
     assert "event 3 is missing" in shown
     await check_chain(context)
     assert "The chain holds" in (await pages.get(f"{home}/audit")).text
+
+
+def test_everything_that_is_recorded_has_a_name_for_people() -> None:
+    sources = "".join(path.read_text() for path in (Path(__file__).parents[2] / "control").rglob("*.py"))
+    recorded = set(re.findall(r'record\(\s*connection,\s*[\w.]+,\s*"([a-z_.]+)"', sources))
+    assert len(recorded) > 20
+    recorded |= {"instances.start", "instances.stop", "instances.restart", "console.dangerous", "console.delete_keys"}
+    known = texts("en").keys()
+    assert {action for action in recorded if f"organization.action.{action}" not in known} == set()
 
 
 def test_changes_are_told_name_by_name() -> None:
