@@ -220,7 +220,7 @@ def _listing(item: Any) -> dict[str, Any]:
     }
 
 
-# The page for people, and docs/api.md
+# The page for people, and docs/API.md
 
 
 def field_rows(kind: type[msgspec.Struct]) -> list[tuple[str, str, bool, str]]:
@@ -275,7 +275,7 @@ def _meta_text(meta: msgspec.Meta) -> str:
 
 
 def routes_table() -> str:
-    """Every route with who may call it: the last section of docs/api.md (`python -m control.openapi`)."""
+    """Every route with who may call it: the last section of docs/API.md (`python -m control.openapi`)."""
     lines = ["| route | | needs |", "| --- | --- | --- |"]
     needs = {"public": "nothing", "session": "a session", "admin": "an administrator of the platform"}
     for entry in _all():

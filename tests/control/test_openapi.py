@@ -53,8 +53,8 @@ def test_every_reference_leads_somewhere() -> None:
 
 
 def test_the_list_of_routes_in_the_docs_is_current() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-    assert text.endswith(routes_table()), "python -m control.openapi makes the last section of docs/api.md"
+    text = (Path(__file__).parents[2] / "docs" / "API.md").read_text()
+    assert text.endswith(routes_table()), "python -m control.openapi makes the last section of docs/API.md"
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:

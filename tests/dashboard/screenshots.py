@@ -184,7 +184,7 @@ def main(folder: Path) -> None:
             ("create", f"{at}/instances/new"),
             ("connect", here),
             ("usage", f"{here}/usage?span=24h"),
-            ("data", f"{here}/data"),
+            ("data", f"{here}/data?key=article:2"),
             ("keys", f"{at}/keys"),
             ("audit", f"{at}/audit"),
             ("platform", "/admin"),
@@ -192,11 +192,12 @@ def main(folder: Path) -> None:
             page.goto(address)
             take(page, folder, name)
         page.goto(f"{here}/monitor")
-        page.get_by_text("HGETALL").first.wait_for(timeout=20_000)
+        page.get_by_role("button", name="Start").click()
+        page.get_by_role("main").get_by_text("hgetall").first.wait_for(timeout=20_000)
         time.sleep(1.5)  # so that there is something to see
         take(page, folder, "monitor")
         page.goto(f"{here}/cli")
-        box = page.get_by_role("textbox").first
+        box = page.get_by_label("Commands", exact=True)
         for line in ("HGETALL article:2", "ZREVRANGE ranking 0 2 WITHSCORES"):
             box.fill(line)
             box.press("Enter")
