@@ -24,7 +24,7 @@ from typing import Final
 
 from redisgate.shared import INCARNATIONS
 
-SLOT_BYTES: Final = 1024 * 1024
+SLOT_BYTES: Final = 2 * 1024 * 1024
 """For what one process publishes, twice; more is refused, and the last that fitted stays."""
 HELPERS: Final = 2
 """Processes beside the workers: the steward, and the one that answers scrapes."""

@@ -237,6 +237,8 @@ def _check_control(settings: "Settings") -> "list[Finding]":
 
 
 def _examine_control(settings: "Settings") -> "list[Finding]":
+    if not settings.control.enabled:
+        return []
     from control import doctor
 
     return doctor.examine(settings)

@@ -49,7 +49,7 @@ def run_doctor(
     """Print a report; returns 0 if nothing is wrong, 1 if something is, 2 if the settings cannot be read.
 
     `load` reads the settings, and hands on what is odd about them; `config` is their file; `control` looks at the
-    control plane.
+    control plane, if there is one.
     """
     report = Report()
     report.about("settings")
@@ -73,8 +73,7 @@ def examine(settings: Settings, config: Path | None, control: Control, report: R
     _look_at_state_dir(settings, report)
     _look_at_tls(settings, report)
     _look_at_ports(settings, report)
-    if settings.control.enabled:
-        report.add(control(settings))
+    report.add(control(settings))
     look_at_instances(settings, report)
 
 

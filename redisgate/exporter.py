@@ -39,7 +39,8 @@ class Exporter:
     def __init__(self, board: Board, instances: int) -> None:
         """`instances`: how many are named at most."""
         self._board = board
-        self._shown = metrics.Shown(instances)
+        before = board.own()
+        self._shown = metrics.Shown(instances, metrics.decoded(before)[0].state if before is not None else None)
         self.scrapes = 0
 
     def prepare(self, head: Head) -> None:
@@ -68,12 +69,16 @@ class Exporter:
         else:
             exchange.error(404, b"ERR here are /metrics, /status and /health")
 
+    def collect(self, document: metrics.Document) -> None:
+        """For `redisgate.metrics`: what this process counts, and what the next one has to know."""
+        document.count("redisgate_scrapes_total", self.scrapes)
+        document.state = self._shown.state
+
     def scrape(self, *, openmetrics: bool) -> bytes:
         """All metrics, as text."""
         self.scrapes += 1
         document = metrics.gathered(self._board)
         metrics.name_instances(document, self._shown.choose(document.instances))
-        document.count("redisgate_scrapes_total", self.scrapes)
         return metrics.render(document, openmetrics=openmetrics)
 
 
@@ -105,10 +110,11 @@ async def _serve(settings: Settings, sock: socket.socket, board: Board, ready_fd
     loop.add_signal_handler(signal.SIGINT, stop.set)
     limits = Limits(max_body_bytes=1, max_connections=MAX_CONNECTIONS, max_pipelined_requests=1)
     heads = ResponseHeads(b"metrics%x" % int(time.time()))
-    http = HttpServer(Exporter(board, settings.metrics_instances), limits, heads)
+    exporter = Exporter(board, settings.metrics_instances)
+    http = HttpServer(exporter, limits, heads)
     http.counters = Counters()  # scrapes are no traffic
     http.start()
-    publisher = metrics.Publisher(board, "metrics", [])
+    publisher = metrics.Publisher(board, "metrics", [exporter.collect])
     publisher.start()
     server = await loop.create_server(http.protocol, sock=sock, backlog=BACKLOG)
     os.write(ready_fd, b"1")

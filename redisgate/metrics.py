@@ -171,6 +171,17 @@ class InstanceCount(msgspec.Struct, array_like=True):
         return cls(name, requests, errors, bytes_in, bytes_out, nanos, buckets)
 
 
+class ShownState(msgspec.Struct, array_like=True):
+    """What `Shown` must not forget."""
+
+    seen: dict[str, list[int]] = {}
+    """What every instance had when it was last looked at."""
+    shown: dict[str, list[int]] = {}
+    """What was shown under each name."""
+    rest: list[int] = []
+    """What was shown of all others together."""
+
+
 class Document(msgspec.Struct):
     """What one process, or all together, have counted until `time` (unix seconds).
 
@@ -185,6 +196,8 @@ class Document(msgspec.Struct):
     histograms: dict[str, list[float]] = {}
     exemplars: dict[str, dict[int, tuple[str, float, float]]] = {}
     instances: dict[str, InstanceCount] = {}
+    state: ShownState | None = None
+    """Of the process that answers scrapes, for the one that takes its place."""
 
     def count(self, name: str, value: float, /, **labels: str) -> None:
         """Add to a counter."""
@@ -481,35 +494,35 @@ class Shown:
     was added while they stood for it.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, state: ShownState | None = None) -> None:
+        """`state` is of the process that showed them before."""
         self._most = most
-        self._seen: dict[str, list[int]] = {}  # what every instance had when we last looked
-        self._shown: dict[str, list[int]] = {}  # what was shown under each name
-        self._rest = [0] * (5 + OCTAVES)
+        self.state = state or ShownState(rest=[0] * (5 + OCTAVES))
 
     def choose(self, instances: Mapping[str, InstanceCount]) -> dict[str, InstanceCount]:
         """What to show of instances: at most so many by name, and the rest as one."""
+        state = self.state
         gains: dict[str, list[int]] = {}
         for key, count in instances.items():
             numbers = count.numbers()
-            before = self._seen.get(key)
+            before = state.seen.get(key)
             gains[key] = numbers if before is None else [max(b - a, 0) for a, b in zip(before, numbers, strict=True)]
-            self._seen[key] = numbers
+            state.seen[key] = numbers
         named = [key for key in instances if key != EVERY_OTHER]
         # Who was shown stays unless somebody else is busier, so that a quiet minute does not shuffle the names.
-        named.sort(key=lambda key: (gains[key][0], key in self._shown, instances[key].requests), reverse=True)
+        named.sort(key=lambda key: (gains[key][0], key in state.shown, instances[key].requests), reverse=True)
         chosen = set(named[: self._most])
         for key, gain in gains.items():
             if key in chosen:
-                self._shown[key] = _sum(self._shown.get(key), gain)
+                state.shown[key] = _sum(state.shown.get(key), gain)
             else:
-                self._rest = _sum(self._rest, gain)
-        for key in [key for key in self._seen if key not in instances]:
-            del self._seen[key]
-            self._shown.pop(key, None)
-        shown = {key: InstanceCount.of(instances[key].name, self._shown[key]) for key in named[: self._most]}
-        if any(self._rest):
-            shown[EVERY_OTHER] = InstanceCount.of(EVERY_OTHER, self._rest)
+                state.rest = _sum(state.rest, gain)
+        for key in [key for key in state.seen if key not in instances]:
+            del state.seen[key]
+            state.shown.pop(key, None)
+        shown = {key: InstanceCount.of(instances[key].name, state.shown[key]) for key in named[: self._most]}
+        if any(state.rest):
+            shown[EVERY_OTHER] = InstanceCount.of(EVERY_OTHER, state.rest)
         return shown
 
 
