@@ -755,6 +755,43 @@ def test_tls_and_a_renewed_certificate(shop: Shop, operator: RunningOperator) ->
     shop.wait()
 
 
+def define(cluster: Cluster, group: str, plural: str, kind: str) -> None:
+    """As cert-manager and the Prometheus operator do."""
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    cluster.create(
+        {
+            "apiVersion": "apiextensions.k8s.io/v1",
+            "kind": "CustomResourceDefinition",
+            "metadata": {"name": f"{plural}.{group}"},
+            "spec": {
+                "group": group,
+                "scope": "Namespaced",
+                "names": {"plural": plural, "singular": kind.lower(), "kind": kind},
+                "versions": [version],
+            },
+        }
+    )
+
+
+def test_what_others_have_to_define(shop: Shop, operator: RunningOperator) -> None:
+    shop.declare(tls={"issuerRef": {"name": "ca"}}, monitoring={"podMonitor": True})
+    problem = shop.wait(status="False", reason="MissingInCluster")
+    assert "could not find the requested resource" in problem["message"]
+    define(shop.cluster, "cert-manager.io", "certificates", "Certificate")
+    define(shop.cluster, "monitoring.coreos.com", "podmonitors", "PodMonitor")
+    shop.wait("TLSReady", "False", "CertificatePending")
+    wanted = shop.find("Certificate", "cache-tls")
+    assert wanted is not None
+    assert wanted["spec"]["dnsNames"][0] == f"cache.{shop.name}.svc.cluster.local"
+    issued = certificate(shop, trustme.CA())
+    issued["metadata"]["name"] = wanted["spec"]["secretName"]
+    shop.cluster.create(issued)
+    shop.wait("TLSReady")
+    shop.wait()
+    assert shop.find("PodMonitor") is not None
+
+
 def backup(**more: Any) -> Object:
     return {"schedule": "@daily", "s3": {"bucket": "backups", "credentialsSecret": "s3"}} | more
 
