@@ -532,13 +532,13 @@ class Operator:
             live.get("metadata", {}).get("uid"),
             *(status.get(name) for name in ("currentRevision", "updateRevision")),
         ]
-        return Health(ready, settled, str(marks))
+        return Health(ready, current, settled, str(marks))
 
     async def _tell(
         self, instance: Instance, observed: Observed, former: list[Login], health: Health
     ) -> tuple[Running | None, Problem | None]:
         """Let the running Redis have the users and settings of its files; what it is, None if it does not run."""
-        if health.ready == 0 or not observed.logins:
+        if health.ready == 0 or instance.spec.pods == 0:
             self._told.pop(instance.uid, None)
             return None, None
         users = planning.users_of(observed.logins)
@@ -672,8 +672,9 @@ class Operator:
         by_condition: dict[str, list[Problem]] = {}
         for problem in problems:
             by_condition.setdefault(problem.condition, []).append(problem)
-        conditions = conditions_of(instance, observed, health, running, by_condition, children)
         before = {each["type"]: each for each in (item.get("status") or {}).get("conditions") or ()}
+        was_ready = before.get("Ready", {}).get("status") == "True"
+        conditions = conditions_of(instance, observed, health, running, by_condition, children, was_ready)
         host, port = observed.address or (planning.service_host(instance, self._settings), PORT)
         status: Object = {
             "observedGeneration": instance.generation,

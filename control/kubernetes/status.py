@@ -34,6 +34,8 @@ class Health:
     """Of the pods."""
 
     ready: int
+    current: bool
+    """It is told of what is wanted now; else of what was before."""
     settled: bool
     """Nothing is being rolled out, as far as the controller of the pods has told."""
     state: str
@@ -47,6 +49,7 @@ def conditions_of(
     running: Running | None,
     problems: Mapping[str, list[Problem]],
     children: Children,
+    was_ready: bool,
 ) -> dict[str, Condition]:
     """What is to be said, by type of the condition."""
     spec, pods = instance.spec, instance.spec.pods
@@ -93,6 +96,8 @@ def conditions_of(
         stopped = health.ready == 0
         text = "it is suspended" if stopped else "its pod is being stopped"
         conditions["Ready"] = Condition(False, "Suspended", text)
+    elif not health.current and not was_ready:
+        conditions["Ready"] = Condition(False, "PodsNotReady", "the cluster has not begun with the pods yet")
     elif health.ready < pods:
         text = f"{health.ready} of {pods} pods are ready: kubectl describe pod -l {OWNER_LABEL}={instance.uid}"
         conditions["Ready"] = Condition(False, "PodsNotReady", text)

@@ -645,7 +645,8 @@ def test_what_happens_in_a_gap_is_met(shop: Shop, operator: RunningOperator) -> 
 def test_a_half_open_watch_is_noticed(shop: Shop, operator: RunningOperator) -> None:
     shop.declare(**DISK)
     shop.wait()
-    assert shop.cluster.silence_watches() > 5
+    wait_for(lambda: shop.cluster.silence_watches("redishttpinstances"), SECONDS)
+    shop.cluster.silence_watches()
     shop.change(memory={"evictionPolicy": "allkeys-random"})
     shop.wait()
 
