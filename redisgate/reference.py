@@ -167,6 +167,17 @@ KUBERNETES_BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("control.kubernetes.lease", "DEADLINE_SECONDS", "s", "without a renewal after which who has it stops working"),
     ("control.kubernetes.routes", "SYNC_SECONDS", "s", "a worker waits for all routes before it serves"),
     ("control.kubernetes.routes", "MAX_ROUTE_BYTES", "bytes", "largest route; a larger one is refused"),
+    (
+        "control.provisioners.kubernetes",
+        "READY_SECONDS",
+        "s",
+        "for an instance to be ready; then the attempt has failed",
+    ),
+    ("control.provisioners.kubernetes", "GONE_SECONDS", "s", "for what was deleted to be gone; then again later"),
+    ("control.provisioners.kubernetes", "ROUTE_SECONDS", "s", "for gateways to say that they route to an instance"),
+    ("control.kubernetes.fleet", "SWEEP_SECONDS", "s", "between two looks at all instances of the control plane"),
+    ("control.kubernetes.fleet", "MAX_CHANGED", "resources", "that changed wait to be looked at; then a sweep does"),
+    ("control.kubernetes.routes", "PROBE_SECONDS", "s", "for the API server to answer before an instance is made"),
     ("control.kubernetes.routes", "MAX_TOKENS", "keys", "of one instance, older ones that still work included"),
 )
 

@@ -149,6 +149,9 @@ ADMISSION_BINDINGS: Final = Resource(
     "ValidatingAdmissionPolicyBinding",
     namespaced=False,
 )
+# of others; a cluster may not have them
+CERTIFICATES: Final = Resource("cert-manager.io/v1", "certificates", "Certificate")
+POD_MONITORS: Final = Resource("monitoring.coreos.com/v1", "podmonitors", "PodMonitor")
 INSTANCES: Final = Resource("redisgate.io/v1", "redishttpinstances", "RedisHttpInstance")
 
 _KNOWN: Final = {

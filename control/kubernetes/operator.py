@@ -16,9 +16,10 @@ import logging
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final
+from functools import partial
+from typing import Final
 
 import redisgate
 from control.kubernetes import plan as planning
@@ -68,7 +69,17 @@ from control.kubernetes.plan import (
 from control.kubernetes.queue import WorkQueue
 from control.kubernetes.redis import LoginLost, Running, Unreachable, adjust
 from control.kubernetes.reflector import DELETED, SILENCE_SECONDS, Reflector
-from control.kubernetes.spec import Instance, SpecError, quantity, read_instance, seconds
+from control.kubernetes.spec import Instance, SpecError, read_instance, seconds
+from control.kubernetes.status import (
+    Condition,
+    Health,
+    backups_of,
+    conditions_of,
+    rendered,
+    size,
+    stamp,
+    storage_of,
+)
 from control.provisioners import ADMIN_USER
 from resp.address import Address
 
@@ -104,24 +115,6 @@ READ: Final = {"StatefulSet": ("volumeClaimTemplates",), "PersistentVolumeClaim"
 WITH_THE_GATEWAY: Final = (SECRETS, INGRESSES)
 WHAT_LIES_APART: Final = (CRON_JOBS, JOBS, SERVICES, NETWORK_POLICIES, DISRUPTION_BUDGETS, SECRETS)
 """Of an instance in a namespace of its own, where no owner reference does it."""
-
-
-@dataclass(frozen=True)
-class _Condition:
-    status: bool
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True)
-class _Health:
-    """Of the pods."""
-
-    ready: int
-    settled: bool
-    """Nothing is being rolled out, as far as the controller of the pods has told."""
-    state: str
-    """Changes with each start of a pod that we can see."""
 
 
 class Operator:
@@ -287,7 +280,7 @@ class Operator:
         if home(instance) != instance.namespace:
             await self._apply(make_plan(instance, self._settings, Observed()).objects[:1], instance)
         hosts, refused_hosts = self._hosts(instance)
-        logins, next_time = await self._logins(instance, foreign, problems)
+        logins, former, next_time = await self._logins(instance, problems)
         if not logins:  # a Redis that starts without a password would be out of our reach for ever
             missing = next(problem for problem in problems if problem.condition == "CredentialsReady")
             await self._write_refusal(item, replace(missing, condition="Ready"))
@@ -318,7 +311,10 @@ class Operator:
             if self._applier.find(resource, name, namespace) is not None:
                 await self._applier.delete(resource, name, namespace, instance.uid)
         health = self._health(instance)
-        running, trouble = await self._tell(instance, observed, health)
+        running, trouble = await self._tell(instance, observed, former, health)
+        # The last way into a Redis that has not heard of newer passwords is kept.
+        for login in former if running is not None or instance.spec.pods == 0 else ():
+            await self._applier.delete(SECRETS, login.secret_name, home(instance), instance.uid)
         if trouble is not None:
             problems.append(trouble)
         # A new password is used when Redis knows it: until then the gateway goes on with the former one.
@@ -400,9 +396,9 @@ class Operator:
         return found
 
     async def _logins(
-        self, instance: Instance, foreign: Mapping[str, Object], problems: list[Problem]
-    ) -> tuple[tuple[Login, ...], float | None]:
-        """The passwords that are good now, the newest first, and in how many seconds that changes."""
+        self, instance: Instance, problems: list[Problem]
+    ) -> tuple[tuple[Login, ...], list[Login], float | None]:
+        """The passwords that are good now, the newest first; those that were; in how many seconds that changes."""
         auth = instance.spec.auth
         given = await self._given_password(instance, problems)
         given_missing = auth.existing_secret is not None and given is None
@@ -412,7 +408,7 @@ class Operator:
         )
         if not known:
             if given_missing:
-                return (), None
+                return (), [], None
             known = [await self._new_login(instance, 1, given)]
         current, age = known[0], _age(known[0].created)
         trigger = auth.rotation.trigger or ""
@@ -428,14 +424,12 @@ class Operator:
             await self._event(instance, "Normal", "CredentialsRotated", f"generation {current.generation} is in use")
         overlap = seconds(auth.rotation.overlap, "spec.auth.rotation.overlap")
         good = known[:2] if age < overlap else known[:1]
-        for login in known[len(good) :]:
-            await self._applier.delete(SECRETS, login.secret_name, home(instance), instance.uid)
         waits = []
         if len(good) > 1:
             waits.append(overlap - age)
         if every is not None and auth.existing_secret is None:
             waits.append(every - age)
-        return tuple(good), max(min(waits), 0.05) if waits else None
+        return tuple(good), known[len(good) :], max(min(waits), 0.05) if waits else None
 
     async def _given_password(self, instance: Instance, problems: list[Problem]) -> str | None:
         name = instance.spec.auth.existing_secret
@@ -492,19 +486,17 @@ class Operator:
         if live is None or wanted is None or persistence is None:
             return plan
         live_claim, claim = live["spec"]["volumeClaimTemplates"][0], wanted["spec"]["volumeClaimTemplates"][0]
-        if _size(live_claim) == _size(claim) and live_claim["metadata"].get("labels") == claim["metadata"].get(
-            "labels"
-        ):
+        if size(live_claim) == size(claim) and live_claim["metadata"].get("labels") == claim["metadata"].get("labels"):
             return plan
         keep = replace(plan, objects=[_with_claim(child, live_claim) for child in plan.objects])
-        if _size(live_claim) < _size(claim) and persistence.resize_policy == "Manual":
+        if size(live_claim) < size(claim) and persistence.resize_policy == "Manual":
             text = f"resizePolicy is Manual: grow the volume claims of {instance.name} to {persistence.size} yourself"
-            if any(_size(each) < _size(claim) for each in self._all_of(instance, VOLUME_CLAIMS)):
+            if any(size(each) < size(claim) for each in self._all_of(instance, VOLUME_CLAIMS)):
                 problems.append(Problem("StorageReady", "ResizeIsManual", text))
                 return keep
         for name in planning.claim_names(instance):
             found = await self._get(VOLUME_CLAIMS, name, home(instance))
-            if found is None or _size(found) >= _size(claim):
+            if found is None or size(found) >= size(claim):
                 continue
             patch = {
                 "metadata": {"uid": found["metadata"]["uid"]},
@@ -528,7 +520,7 @@ class Operator:
 
     # The running server
 
-    def _health(self, instance: Instance) -> _Health:
+    def _health(self, instance: Instance) -> Health:
         kind = STATEFUL_SETS if instance.spec.persistence is not None else DEPLOYMENTS
         live = self._applier.find(kind, instance.name, home(instance)) or {}
         status = live.get("status") or {}
@@ -540,13 +532,13 @@ class Operator:
             live.get("metadata", {}).get("uid"),
             *(status.get(name) for name in ("currentRevision", "updateRevision")),
         ]
-        return _Health(ready, settled, str(marks))
+        return Health(ready, current, settled, str(marks))
 
     async def _tell(
-        self, instance: Instance, observed: Observed, health: _Health
+        self, instance: Instance, observed: Observed, former: list[Login], health: Health
     ) -> tuple[Running | None, Problem | None]:
         """Let the running Redis have the users and settings of its files; what it is, None if it does not run."""
-        if health.ready == 0 or not observed.logins:
+        if health.ready == 0 or instance.spec.pods == 0:
             self._told.pop(instance.uid, None)
             return None, None
         users = planning.users_of(observed.logins)
@@ -568,7 +560,7 @@ class Operator:
                 ca=observed.tls_ca,
                 delegated=True,
             )
-            for login in observed.logins
+            for login in (*observed.logins, *former)
         ]
         try:
             running = await self._adjust(addresses, users, config)
@@ -652,18 +644,18 @@ class Operator:
         """Of something that stands in the way of everything; what was observed before stays as it is told."""
         instance_generation = item["metadata"].get("generation", 1)
         before = {each["type"]: each for each in (item.get("status") or {}).get("conditions") or ()}
-        conditions = {"Ready": _Condition(False, problem.reason, problem.message)}
+        conditions = {"Ready": Condition(False, problem.reason, problem.message)}
         waiting = problem.reason in ("WaitingForDeletion", "FinalBackup")
-        conditions["Progressing"] = _Condition(waiting, problem.reason, problem.message)
+        conditions["Progressing"] = Condition(waiting, problem.reason, problem.message)
         if not waiting:
-            conditions["Degraded"] = _Condition(True, problem.reason, problem.message)
+            conditions["Degraded"] = Condition(True, problem.reason, problem.message)
         # the others as they are: an apply that leaves them out would remove them
         kept = [each for kind, each in before.items() if kind not in conditions and kind != "RouteProgrammed"]
         status = {key: value for key, value in (item.get("status") or {}).items() if key != "conditions"}
         status |= {
             "observedGeneration": instance_generation,
             "operatorVersion": redisgate.__version__,
-            "conditions": [*_rendered(conditions, before, instance_generation), *kept],
+            "conditions": [*rendered(conditions, before, instance_generation), *kept],
         }
         await self._put_status(item, status)
 
@@ -672,16 +664,17 @@ class Operator:
         item: Object,
         instance: Instance,
         observed: Observed,
-        health: _Health,
+        health: Health,
         running: Running | None,
         problems: list[Problem],
     ) -> None:
-        spec, pods = instance.spec, instance.spec.pods
+        spec, pods, children = instance.spec, instance.spec.pods, partial(self._all_of, instance)
         by_condition: dict[str, list[Problem]] = {}
         for problem in problems:
             by_condition.setdefault(problem.condition, []).append(problem)
-        conditions = self._conditions(instance, observed, health, running, by_condition)
         before = {each["type"]: each for each in (item.get("status") or {}).get("conditions") or ()}
+        was_ready = before.get("Ready", {}).get("status") == "True"
+        conditions = conditions_of(instance, observed, health, running, by_condition, children, was_ready)
         host, port = observed.address or (planning.service_host(instance, self._settings), PORT)
         status: Object = {
             "observedGeneration": instance.generation,
@@ -695,7 +688,7 @@ class Operator:
                 "http": planning.url_of(instance, self._settings, observed.hosts),
                 "redis": f"{'rediss' if spec.tls is not None else 'redis'}://{host}:{port}",
             },
-            "conditions": _rendered(conditions, before, instance.generation),
+            "conditions": rendered(conditions, before, instance.generation),
         }
         if health.ready and spec.persistence is not None:
             status["primary"] = f"{instance.name}-0"
@@ -712,122 +705,12 @@ class Operator:
             }
             if len(observed.logins) > 1:
                 overlap = timedelta(seconds=seconds(spec.auth.rotation.overlap))
-                status["credentials"]["previousValidUntil"] = _stamp(_moment(current.created) + overlap)
+                status["credentials"]["previousValidUntil"] = stamp(_moment(current.created) + overlap)
         if spec.persistence is not None:
-            status["storage"] = self._storage(instance)
+            status["storage"] = storage_of(instance, children)
         if spec.backup is not None:
-            status["backup"] = self._backups(instance)
+            status["backup"] = backups_of(children)
         await self._put_status(item, status)
-
-    def _conditions(
-        self,
-        instance: Instance,
-        observed: Observed,
-        health: _Health,
-        running: Running | None,
-        problems: Mapping[str, list[Problem]],
-    ) -> dict[str, _Condition]:
-        spec, pods = instance.spec, instance.spec.pods
-
-        def unless_problem(condition: str, reason: str, message: str) -> _Condition:
-            found = problems.get(condition)
-            if not found:
-                return _Condition(True, reason, message)
-            return _Condition(False, found[0].reason, "; ".join(problem.message for problem in found))
-
-        where = "there is no password yet"
-        if observed.logins:
-            where = f"the password is in Secret {observed.logins[0].secret_name},"
-            where += f" the API keys are in {planning.key_name(instance)}"
-        accepted = "Accepted" if running is not None else "Created"
-        conditions = {"CredentialsReady": unless_problem("CredentialsReady", accepted, where)}
-        if pods == 0:
-            why = "spec.suspend is set" if spec.suspend else "spec.replicas is 0"
-            conditions["Suspended"] = _Condition(True, "Suspended", f"{why}: no pod runs, and its data is kept")
-        else:
-            conditions["Suspended"] = _Condition(False, "Running", "it is to run")
-        if spec.persistence is not None:
-            conditions["StorageReady"] = self._storage_condition(instance, unless_problem)
-        if spec.tls is not None:
-            conditions["TLSReady"] = unless_problem("TLSReady", "CertificateThere", "the certificate is mounted")
-        if spec.backup is not None:
-            conditions["BackupHealthy"] = self._backup_condition(instance, unless_problem)
-        degraded = problems.get("Degraded")
-        conditions["Degraded"] = (
-            _Condition(True, degraded[0].reason, "; ".join(problem.message for problem in degraded))
-            if degraded
-            else _Condition(False, "AsExpected", "nothing is known to be wrong")
-        )
-        stands_in_the_way = [
-            (name, conditions[name])
-            for name in ("CredentialsReady", "TLSReady")
-            if name in conditions and not conditions[name].status
-        ]
-        unreachable = degraded is not None and any(problem.reason == "Unreachable" for problem in degraded)
-        if stands_in_the_way:
-            _, found = stands_in_the_way[0]
-            conditions["Ready"] = _Condition(False, found.reason, found.message)
-        elif pods == 0:
-            stopped = health.ready == 0
-            text = "it is suspended" if stopped else "its pod is being stopped"
-            conditions["Ready"] = _Condition(False, "Suspended", text)
-        elif health.ready < pods:
-            text = f"{health.ready} of {pods} pods are ready: kubectl describe pod -l {OWNER_LABEL}={instance.uid}"
-            conditions["Ready"] = _Condition(False, "PodsNotReady", text)
-        elif unreachable and degraded is not None:
-            conditions["Ready"] = _Condition(False, "Unreachable", degraded[0].message)
-        else:
-            conditions["Ready"] = _Condition(True, "Ready", "Redis answers")
-        ready = conditions["Ready"]
-        if health.settled and (ready.status or pods == 0):
-            conditions["Progressing"] = _Condition(False, "Settled", "everything is as the resource says")
-        else:
-            text = "the pods are brought to what the resource says"
-            conditions["Progressing"] = _Condition(True, "RollingOut", text)
-        return conditions
-
-    def _storage(self, instance: Instance) -> Object:
-        persistence = instance.spec.persistence
-        claims = self._all_of(instance, VOLUME_CLAIMS)
-        result: Object = {"requested": persistence.size if persistence is not None else ""}
-        capacities = [((claim.get("status") or {}).get("capacity") or {}).get("storage") for claim in claims]
-        if capacities and all(capacities):
-            result["capacity"] = min((str(each) for each in capacities), key=quantity)
-        result["resizing"] = [claim["metadata"]["name"] for claim in claims if _is_growing(claim)]
-        return result
-
-    def _storage_condition(self, instance: Instance, unless_problem: Callable[..., _Condition]) -> _Condition:
-        claims = self._all_of(instance, VOLUME_CLAIMS)
-        growing = [claim["metadata"]["name"] for claim in claims if _is_growing(claim)]
-        condition = unless_problem("StorageReady", "Bound", "the volume is as large as asked")
-        if not condition.status:
-            return condition
-        if growing:
-            return _Condition(False, "Resizing", f"{', '.join(growing)}: the volume grows")
-        if not claims:
-            return _Condition(False, "ClaimPending", "the volume claim is made with the first pod")
-        return condition
-
-    def _backups(self, instance: Instance) -> Object:
-        result: Object = {}
-        for schedule in self._all_of(instance, CRON_JOBS):
-            if done := (schedule.get("status") or {}).get("lastSuccessfulTime"):
-                result["lastSuccess"] = done
-        failures = [failed for job in self._all_of(instance, JOBS) if (failed := _failure(job)) is not None]
-        if failures:
-            result["lastFailure"], result["message"] = max(failures)
-        return result
-
-    def _backup_condition(self, instance: Instance, unless_problem: Callable[..., _Condition]) -> _Condition:
-        found = self._backups(instance)
-        if found.get("lastFailure", "") > found.get("lastSuccess", ""):
-            return _Condition(False, "BackupFailed", found.get("message") or "the last backup failed")
-        last = found.get("lastSuccess")
-        return unless_problem(
-            "BackupHealthy",
-            "BackedUp" if last else "Scheduled",
-            f"the last one is of {last}" if last else "none was due yet",
-        )
 
     async def _put_status(self, item: Object, status: Object) -> None:
         before = item.get("status") or {}
@@ -877,7 +760,7 @@ class Operator:
     async def _event_of(self, item: Object, kind: str, reason: str, message: str) -> None:
         """For people who look at the resource; one that cannot be written is no reason to stop."""
         namespace, name = key_of(item)
-        now = _stamp(datetime.now(UTC))
+        now = stamp(datetime.now(UTC))
         event = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -934,33 +817,6 @@ def _refused_settings(running: Running) -> Problem | None:
     return Problem("Degraded", "SettingRefused", f"Redis goes on without: {text}")
 
 
-def _rendered(conditions: Mapping[str, _Condition], before: Mapping[str, Object], generation: int) -> list[Object]:
-    now = _stamp(datetime.now(UTC))
-    result = []
-    for kind, condition in conditions.items():
-        status, known = "True" if condition.status else "False", before.get(kind, {})
-        result.append(
-            {
-                "type": kind,
-                "status": status,
-                "reason": condition.reason,
-                "message": condition.message,
-                "observedGeneration": generation,
-                "lastTransitionTime": known["lastTransitionTime"] if known.get("status") == status else now,
-            }
-        )
-    return result
-
-
-def _size(claim: Object) -> Any:
-    return quantity(claim["spec"]["resources"]["requests"]["storage"])
-
-
-def _is_growing(claim: Object) -> bool:
-    capacity = ((claim.get("status") or {}).get("capacity") or {}).get("storage")
-    return capacity is not None and quantity(capacity) < _size(claim)
-
-
 def _with_claim(child: Object, claim: Object) -> Object:
     """A StatefulSet whose template of claims is the one that there is: it cannot be another."""
     if child["kind"] != "StatefulSet":
@@ -969,14 +825,6 @@ def _with_claim(child: Object, claim: Object) -> Object:
     kept = wanted | {"spec": wanted["spec"] | {"resources": claim["spec"]["resources"]}}
     kept["metadata"] = {key: claim["metadata"][key] for key in ("name", "labels") if key in claim["metadata"]}
     return child | {"spec": child["spec"] | {"volumeClaimTemplates": [kept]}}
-
-
-def _failure(job: Object) -> tuple[str, str] | None:
-    for condition in (job.get("status") or {}).get("conditions") or ():
-        if condition["type"] == "Failed" and condition["status"] == "True":
-            text = f"Job {job['metadata']['name']}: {condition.get('message') or condition.get('reason') or 'failed'}"
-            return condition.get("lastTransitionTime", ""), text
-    return None
 
 
 def _digest(value: object) -> str:
@@ -990,10 +838,6 @@ def _digest_of(secret: Object) -> str:
 
 def _moment(text: str) -> datetime:
     return datetime.fromisoformat(text)
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _age(text: str) -> float:

@@ -48,7 +48,7 @@ ORGANIZATION_PREFIX: Final = "redisgate.io/organization"
 ADDRESS_ANNOTATION: Final = "redisgate.io/address"
 """On the client Service: host:port, for an operator and a gateway outside of the cluster."""
 IMAGE_ANNOTATION: Final = "redisgate.io/image-of-"
-"""On a StatefulSet or Deployment, with the name of a container; whoever removes it gets the operator's newest one."""
+"""On a StatefulSet or Deployment, with the name of a container; without it the operator takes its newest one."""
 ROUTE_TYPE: Final = "redisgate.io/route"
 
 PORT: Final = 6379
@@ -136,7 +136,7 @@ class Observed:
     """Of the certificate, so that a renewed one is used."""
     tls_ca: str | None = None
     images: Mapping[str, str] = field(default_factory=dict)
-    """By container: our own ones beside Redis, as the pods have them. A newer operator restarts nobody for them."""
+    """By container, as the pods have them. A newer operator restarts nobody for the images of its own."""
     address: tuple[str, int] | None = None
     """Where the instance really is, if not at its Service's name."""
 
@@ -300,7 +300,8 @@ def url_of(instance: Instance, settings: OperatorSettings, hosts: tuple[str, ...
 
 
 def _standalone(instance: Instance, settings: OperatorSettings, observed: Observed) -> Plan:
-    spec, namespace, problems = instance.spec, home(instance), []
+    spec, namespace = instance.spec, home(instance)
+    problems: list[Problem] = []
     objects: list[Object] = []
     absent: list[tuple[Resource, str, str]] = []
     if namespace != instance.namespace:
@@ -321,7 +322,8 @@ def _standalone(instance: Instance, settings: OperatorSettings, observed: Observ
         }
     )
     objects.append(_service(instance, namespace, headless=False))
-    template = _pod_template(instance, settings, observed)
+    image = _image(instance, observed, problems)
+    template = _pod_template(instance, settings, observed, image)
     if spec.persistence is not None:
         objects += [_service(instance, namespace, headless=True), _stateful_set(instance, namespace, template)]
         absent.append((DEPLOYMENTS, namespace, instance.name))
@@ -472,6 +474,25 @@ def image_of(instance: Instance) -> str:
     return f"{'valkey/valkey' if engine.type == 'Valkey' else 'redis'}:{engine.version}"
 
 
+def _image(instance: Instance, observed: Observed, problems: list[Problem]) -> str:
+    """The one that was asked for, unless it is older than what has written the volume."""
+    wanted, live = image_of(instance), observed.images.get("redis", "")
+    if instance.spec.persistence is None or instance.spec.engine.image is not None:
+        return wanted
+    name, _, version = wanted.partition(":")
+    former, _, written = live.partition(":")
+    if former != name or not written.replace(".", "").isdecimal():
+        return wanted
+    if [int(part) for part in version.split(".")] >= [
+        int(part) for part in written.split(".")[: version.count(".") + 1]
+    ]:
+        return wanted
+    text = f"spec.engine.version: {version} may not be able to read what {written} has written, which goes on; restore"
+    text += " a backup into a new resource, or insist by spec.engine.image"
+    problems.append(Problem("Degraded", "DowngradeRefused", text))
+    return live
+
+
 def _hardened() -> Object:
     return {
         "allowPrivilegeEscalation": False,
@@ -499,7 +520,7 @@ def _probe(instance: Instance, answers: str) -> Object:
     return {"exec": {"command": ["sh", "-c", f"{ask} | grep -qE '{answers}'"]}, "timeoutSeconds": 5}
 
 
-def _pod_template(instance: Instance, settings: OperatorSettings, observed: Observed) -> Object:
+def _pod_template(instance: Instance, settings: OperatorSettings, observed: Observed, image: str) -> Object:
     spec = instance.spec
     mounts: list[Object] = [
         {"name": claim_template(instance), "mountPath": DATA_DIR},
@@ -514,7 +535,7 @@ def _pod_template(instance: Instance, settings: OperatorSettings, observed: Obse
     server = "valkey-server" if spec.engine.type == "Valkey" else "redis-server"
     redis: Object = {
         "name": "redis",
-        "image": image_of(instance),
+        "image": image,
         "command": [server, f"{CONFIG_DIR}/redis.conf"],
         "ports": [{"name": "redis", "containerPort": PORT, "protocol": "TCP"}],
         "volumeMounts": mounts,
@@ -600,9 +621,8 @@ def _scheduling(instance: Instance) -> Object:
 
 def _workload_metadata(instance: Instance, namespace: str, template: Object) -> Object:
     metadata, pod = metadata_of(instance, instance.name, namespace), template["spec"]
-    own = [each for each in (*pod.get("initContainers", ()), *pod["containers"]) if each["name"] != "redis"]
-    if own:
-        metadata["annotations"] = {IMAGE_ANNOTATION + container["name"]: container["image"] for container in own}
+    containers = (*pod.get("initContainers", ()), *pod["containers"])
+    metadata["annotations"] = {IMAGE_ANNOTATION + each["name"]: each["image"] for each in containers}
     return metadata
 
 

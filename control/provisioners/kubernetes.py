@@ -355,17 +355,15 @@ class KubernetesProvisioner:
         assert spec.organization_id is not None
         organization_id = spec.organization_id
         name = namespace_of(organization_id)
-        try:
-            live: Object | None = await self._client.get(NAMESPACES, name)
-        except NotFound:
-            live = None
+        live = await self._namespace(name)
         if live is not None:
             labels = live["metadata"].get("labels") or {}
             if labels.get(ORGANIZATION_LABEL) != str(organization_id):
                 raise ProvisionError(f"the namespace {name} is somebody else's, and is left alone", permanent=True)
             if "deletionTimestamp" in live["metadata"]:
-                raise ProvisionError(f"the namespace {name} is being deleted")
-        else:
+                await self._until_gone(name)
+                live = None
+        if live is None:
             self._quotas.pop(organization_id, None)
         labels = {
             MANAGED_LABEL: FIELD_MANAGER,
@@ -375,6 +373,21 @@ class KubernetesProvisioner:
         namespace: Object = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
         await self._client.apply(namespace, field_manager=FIELD_MANAGER, force=live is not None)
         await self.limit(organization_id)
+
+    async def _namespace(self, name: str) -> Object | None:
+        try:
+            return await self._client.get(NAMESPACES, name)
+        except NotFound:
+            return None
+
+    async def _until_gone(self, name: str) -> None:
+        """The one before went with its last instance. Raises ProvisionError after `GONE_SECONDS`."""
+        deadline, pause = time.monotonic() + GONE_SECONDS, FIRST_LOOK_SECONDS
+        while await self._namespace(name) is not None:
+            if time.monotonic() > deadline:
+                raise ProvisionError(f"the namespace {name} is being deleted, and is not gone after {GONE_SECONDS:g} s")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_LOOK_SECONDS)
 
     async def limit(self, organization_id: UUID) -> None:
         """Let the quota of an organization's namespace follow its plan. Raises KubernetesError."""

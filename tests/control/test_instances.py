@@ -479,7 +479,7 @@ def test_a_provisioner_that_is_not_built_is_a_clear_error_at_start(settings: Set
     def with_(**control: object) -> Settings:
         return dataclasses.replace(settings, control=dataclasses.replace(settings.control, **control))  # type: ignore[arg-type]
 
-    for name, text in (("kubernetes", "not built yet"), ("cloud", "there is none called")):
+    for name, text in (("kubernetes", "REDISGATE_KUBERNETES=on"), ("cloud", "there is none called")):
         with pytest.raises(ConfigError, match=text):
             steward.check(with_(provisioner=name))
     with pytest.raises(ConfigError, match="cannot be run"):

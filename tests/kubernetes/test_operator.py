@@ -26,7 +26,7 @@ from control.kubernetes.plan import OperatorSettings
 from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.kubelet import Kubelet
 from tests.kubernetes.operators import RunningOperator
-from tests.servers import wait_for
+from tests.servers import free_port, wait_for
 
 Object = dict[str, Any]
 KIND = "RedisHttpInstance"
@@ -355,7 +355,7 @@ def test_a_password_is_rotated_with_an_overlap_and_without_a_restart(shop: Shop,
     with shop.redis() as new:
         assert new.get("kept") == "yes"
         assert new.info("server")["run_id"] == run_id
-    assert "previousValidUntil" in (shop.get() or {})["status"]["credentials"]
+    wait_for(lambda: "previousValidUntil" in (shop.get() or {})["status"]["credentials"], SECONDS)
     wait_for(lambda: shop.find("Secret", "cache-auth-1") is None, SECONDS)
 
     def refused() -> bool:
@@ -372,6 +372,49 @@ def test_a_password_is_rotated_with_an_overlap_and_without_a_restart(shop: Shop,
     shop.change(memory={"evictionPolicy": "allkeys-lru"})
     shop.wait()
     assert shop.find("Secret", "cache-auth-3") is None
+
+
+def test_a_password_that_is_old_is_rotated(
+    shop: Shop, operator: RunningOperator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.declare(auth={"rotation": {"every": "1h"}}, **DISK)
+    shop.wait()
+    made = (shop.find("Secret", "cache-auth-1") or {})["metadata"]["creationTimestamp"]
+    this = int(time.time())
+    wait_for(lambda: int(time.time()) > this, SECONDS)  # the next one is of another second
+    age = operators._age
+    monkeypatch.setattr(operators, "_age", lambda text: age(text) + (3600 if text == made else 0))
+    shop.change(memory={"evictionPolicy": "allkeys-lru"})
+    wait_for(lambda: (shop.route() or {})["password"] != shop.secret("cache-auth-1")["password"], SECONDS)
+    assert (shop.route() or {})["password"] == shop.secret("cache-auth-2")["password"]
+    shop.wait()
+    assert shop.find("Secret", "cache-auth-3") is None
+
+
+def test_the_way_into_an_unreachable_redis_is_kept(shop: Shop, operator: RunningOperator) -> None:
+    """A password that ran out while Redis could not be told of its successor still opens it."""
+    shop.declare(auth={"rotation": {"overlap": "0s"}}, **DISK)
+    shop.wait()
+    address = shop.find("Service")["metadata"]["annotations"]["redisgate.io/address"]  # type: ignore[index]
+
+    def lead_to(address: str) -> None:
+        shop.cluster.edit(
+            "Service",
+            shop.name,
+            "cache",
+            lambda item: item["metadata"]["annotations"].update({"redisgate.io/address": address}),
+        )
+
+    lead_to(f"127.0.0.1:{free_port()}")
+    shop.change(auth={"rotation": {"overlap": "0s", "trigger": "once"}})
+    wait_for(lambda: shop.find("Secret", "cache-auth-2"), SECONDS)
+    shop.wait("Degraded", "True", "Unreachable")
+    assert shop.find("Secret", "cache-auth-1") is not None
+    assert (shop.route() or {})["password"] == shop.secret("cache-auth-1")["password"], "the gateway goes on"
+    lead_to(address)
+    wait_for(lambda: (shop.route() or {})["password"] == shop.secret("cache-auth-2")["password"], SECONDS)
+    wait_for(lambda: shop.find("Secret", "cache-auth-1") is None, SECONDS)
+    shop.wait()
 
 
 def test_a_password_of_ones_own(shop: Shop, operator: RunningOperator) -> None:
@@ -602,7 +645,8 @@ def test_what_happens_in_a_gap_is_met(shop: Shop, operator: RunningOperator) -> 
 def test_a_half_open_watch_is_noticed(shop: Shop, operator: RunningOperator) -> None:
     shop.declare(**DISK)
     shop.wait()
-    assert shop.cluster.silence_watches() > 5
+    wait_for(lambda: shop.cluster.silence_watches("redishttpinstances"), SECONDS)
+    shop.cluster.silence_watches()
     shop.change(memory={"evictionPolicy": "allkeys-random"})
     shop.wait()
 
@@ -710,6 +754,43 @@ def test_tls_and_a_renewed_certificate(shop: Shop, operator: RunningOperator) ->
     shop.cluster.apply(certificate(shop, authority))
     wait_for(lambda: serial() not in (0, before), SECONDS, "the renewed certificate")
     shop.wait()
+
+
+def define(cluster: Cluster, group: str, plural: str, kind: str) -> None:
+    """As cert-manager and the Prometheus operator do."""
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    cluster.create(
+        {
+            "apiVersion": "apiextensions.k8s.io/v1",
+            "kind": "CustomResourceDefinition",
+            "metadata": {"name": f"{plural}.{group}"},
+            "spec": {
+                "group": group,
+                "scope": "Namespaced",
+                "names": {"plural": plural, "singular": kind.lower(), "kind": kind},
+                "versions": [version],
+            },
+        }
+    )
+
+
+def test_what_others_have_to_define(shop: Shop, operator: RunningOperator) -> None:
+    shop.declare(tls={"issuerRef": {"name": "ca"}}, monitoring={"podMonitor": True})
+    problem = shop.wait(status="False", reason="MissingInCluster")
+    assert "could not find the requested resource" in problem["message"]
+    define(shop.cluster, "cert-manager.io", "certificates", "Certificate")
+    define(shop.cluster, "monitoring.coreos.com", "podmonitors", "PodMonitor")
+    shop.wait("TLSReady", "False", "CertificatePending")
+    wanted = shop.find("Certificate", "cache-tls")
+    assert wanted is not None
+    assert wanted["spec"]["dnsNames"][0] == f"cache.{shop.name}.svc.cluster.local"
+    issued = certificate(shop, trustme.CA())
+    issued["metadata"]["name"] = wanted["spec"]["secretName"]
+    shop.cluster.create(issued)
+    shop.wait("TLSReady")
+    shop.wait()
+    assert shop.find("PodMonitor") is not None
 
 
 def backup(**more: Any) -> Object:

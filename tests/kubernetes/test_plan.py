@@ -199,6 +199,23 @@ def test_the_engine_is_the_one_that_was_asked_for() -> None:
     assert image(image="mirror/redis:custom") == "mirror/redis:custom"
 
 
+def test_an_older_server_does_not_get_the_volume_of_a_newer_one() -> None:
+    observed = replace(OBSERVED, images={"redis": "valkey/valkey:8.1"})
+
+    def image(**spec: Any) -> tuple[str, list[str]]:
+        plan = plan_of(observed, **spec)
+        workload = next(each for each in plan.objects if each["kind"] in ("StatefulSet", "Deployment"))
+        containers = workload["spec"]["template"]["spec"]["containers"]
+        return containers[0]["image"], [problem.reason for problem in plan.problems]
+
+    disk = {"persistence": {"size": "1Gi"}}
+    assert image(engine={"version": "7.2"}, **disk) == ("valkey/valkey:8.1", ["DowngradeRefused"])
+    assert image(engine={"version": "8"}, **disk) == ("valkey/valkey:8", [])
+    assert image(engine={"version": "8.10"}, **disk) == ("valkey/valkey:8.10", [])
+    assert image(engine={"version": "7.2"}) == ("valkey/valkey:7.2", []), "there is nothing to read"
+    assert image(engine={"image": "valkey/valkey:7.2"}, **disk) == ("valkey/valkey:7.2", []), "somebody insists"
+
+
 def test_only_what_needs_a_restart_restarts() -> None:
     def template(**spec: Any) -> Object:
         return dict(one(plan_of(persistence={"size": "1Gi"}, **spec), "StatefulSet")["spec"]["template"])
