@@ -21,7 +21,7 @@ _ROWS: Final = 4
 """Grid lines above the base, about."""
 _LABELS: Final = 6
 """Times under the axis, about."""
-_STEPS: Final = (1, 2, 5, 10, 15, 20, 30, 60, 120, 180, 240, 360, 720, 1440, 2880, 7200, 14400)
+_STEPS: Final = (1, 2, 5, 10, 15, 20, 30, 60, 120, 180, 240, 360, 720, 1440, 2880, 7200, 14400, 43200, 86400, 129600)
 """Between two labelled times, in minutes."""
 
 Value = float | int | None

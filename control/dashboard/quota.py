@@ -19,11 +19,12 @@ from control.routes.quota import SetQuota
 _PATH: Final = "/dashboard/{org_id}/quota"
 SPANS: Final[dict[str, tuple[timedelta, timedelta, str]]] = {
     "24h": (timedelta(hours=24), timedelta(hours=1), "hour"),
-    "7d": (timedelta(days=7), timedelta(hours=1), "hour"),
+    "7d": (timedelta(days=7), timedelta(hours=3), "hour"),
     "30d": (timedelta(days=30), timedelta(days=1), "day"),
-    "365d": (timedelta(days=365), timedelta(days=1), "day"),
+    "365d": (timedelta(days=365), timedelta(days=5), "day"),
 }
-"""How far a chart of the organization's usage goes back, in which steps."""
+"""How far a chart of the organization's usage goes back, in which steps, and from which rows it is made."""
+_SUMMED: Final = ("commands", "reads", "writes", "requests", "errors", "bytes_in", "bytes_out", "cost")
 _NULLABLE: Final = ("max_commands_per_day", "max_requests_per_second", "max_request_size")
 
 
@@ -68,26 +69,28 @@ async def _quota(request: PageRequest, error: ApiError | None = None) -> Respons
     )
 
 
-async def _points(request: PageRequest, span: str) -> tuple[list[datetime], list[dict[str, Any] | None]]:
-    """The times of a span, and what was used in each; None where nothing was."""
+async def _points(request: PageRequest, span: str) -> tuple[list[datetime], list[dict[str, Any]]]:
+    """The times of a span, and what was used in each."""
     context = request.context
     length, step, source = SPANS[span]
     times = bins(length, step, context.now())
+    points: list[dict[str, Any]] = [dict.fromkeys(_SUMMED, 0) for _ in times]
     async with context.database.connection() as connection:
         found = await usage.series(
             connection, context.settings, request.organization_id, source, times[0], times[-1] + step
         )
-    by_time = {point["at"]: point for point in found["series"]}
-    return times, [by_time.get(moment) for moment in times]
+    for point in found["series"]:
+        into = points[(point["at"] - times[0]) // step]
+        for name in _SUMMED:
+            into[name] += point[name]
+    return times, points
 
 
-def _charts(
-    request: PageRequest, step: timedelta, times: list[datetime], points: list[dict[str, Any] | None]
-) -> list[Chart]:
+def _charts(request: PageRequest, step: timedelta, times: list[datetime], points: list[dict[str, Any]]) -> list[Chart]:
     t = request.texts
 
     def line(text: str, *names: str) -> Line:
-        return Line(t(text), [0 if point is None else sum(point[name] for name in names) for point in points])
+        return Line(t(text), [sum(point[name] for name in names) for point in points])
 
     return [
         Chart(
@@ -155,13 +158,12 @@ async def set_quota(request: PageRequest) -> Response:
 async def usage_csv(request: PageRequest) -> Response:
     """The numbers behind the charts."""
     times, points = await _points(request, span := span_of(request))
-    names = ("commands", "reads", "writes", "requests", "errors", "bytes_in", "bytes_out", "cost")
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(("at", *names))
+    writer.writerow(("at", *_SUMMED))
     for moment, point in zip(times, points, strict=True):
         at = moment.astimezone(UTC).isoformat(timespec="seconds")
-        writer.writerow((at, *(0 if point is None else point[name] for name in names)))
+        writer.writerow((at, *(point[name] for name in _SUMMED)))
     return Response(
         text.getvalue(),
         media_type="text/csv",

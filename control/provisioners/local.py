@@ -450,9 +450,25 @@ class LocalProvisioner:
             await asyncio.to_thread(home.swap, upload)
             self._on_step("snapshot in place")
         found = await self.ensure(spec)
+        await self._check_room(home, spec)
         await asyncio.to_thread(home.keep, upload, spec.persistence or spec.backup)
         self._on_step("snapshot loaded")
         return found
+
+    async def _check_room(self, home: _Home, spec: Spec) -> None:
+        """Refuse data that is larger than the instance: loading does not look, and then every write would fail."""
+        connection = await self._wait_until_it_answers(home, spec, None)
+        try:
+            (reply,) = await _ask(connection, [["INFO", "memory"]])
+        finally:
+            connection.close(ReplyLost("done"))
+        facts = dict(line.split(":", 1) for line in str(reply).splitlines() if ":" in line)
+        used, most = int(facts.get("used_memory", 0)), spec.max_memory + OVERHEAD_BYTES
+        if used > most:
+            raise ProvisionError(
+                f"its data takes {used >> 20} MiB, and the instance has room for {most >> 20} MiB; give it more memory",
+                permanent=True,
+            )
 
     async def _put_back(self, home: _Home, spec: Spec) -> None:
         if await asyncio.to_thread(home.old.exists):

@@ -175,6 +175,25 @@ async def test_what_the_server_does_not_load_is_put_back(local: Local, folder: P
     assert sorted(path.name for path in (folder / str(spec.id)).iterdir() if path.is_dir()) == ["data"]
 
 
+async def test_data_that_does_not_fit_is_put_back(local: Local, folder: Path) -> None:
+    large = make_spec(max_memory=64 * MIB)
+    found = await local.provisioner.ensure(large)
+    for number in range(6):
+        await call(found, "SET", f"compressible{number}", "x" * (4 * MIB))
+    data = await snapshot_of(large, found)
+    assert len(data) < MIB
+    spec = make_spec(max_memory=8 * MIB)
+    await call(await local.provisioner.ensure(spec), "SET", "before", "1")
+    with pytest.raises(ProvisionError, match="room for 10 MiB; give it more memory"):
+        await local.provisioner.load(spec, upload(folder, spec, data))
+    found = await local.provisioner.ensure(spec)
+    assert await call(found, "GET", "before") == "1"
+    assert await call(found, "EXISTS", "compressible1") == 0
+    roomy = dataclasses.replace(spec, max_memory=64 * MIB)
+    found = await local.provisioner.load(roomy, upload(folder, roomy, data))
+    assert await call(found, "STRLEN", "compressible1") == 4 * MIB
+
+
 async def _of_two_databases(folder: Path) -> bytes:
     """A good snapshot that an instance, which has one database, cannot load."""
     socket = folder / "redis.sock"

@@ -191,6 +191,10 @@ def test_commands_are_seen_live_filtered_and_paused(someone: Visitor, place: Pla
     expect(lines).to_have_count(1)
     page.get_by_role("button", name="Go on").click()
     expect(lines).to_have_count(2)
+    for _ in range(6):
+        place.run("EVAL", "for i = 1, 100 do redis.call('GET', 'wanted') end", 0)
+    expect(page.locator("#dropped")).to_contain_text(re.compile("older lines were removed"))
+    expect(lines).to_have_count(500)
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#live-state")).to_have_text("Stopped")
     page.get_by_role("button", name="Clear").click()

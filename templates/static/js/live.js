@@ -14,6 +14,7 @@ const filters = document.getElementById("live-form");
 let stream = null; // what ends it
 let paused = false;
 let waiting = [];
+let dropped = 0;
 
 document.querySelector("[data-no-script]").hidden = true;
 live.querySelector(".live-bar").hidden = false;
@@ -39,7 +40,15 @@ function flush() {
   waiting = [];
   const over = list.children.length - MAX_LINES;
   for (let index = 0; index < over; index += 1) list.firstElementChild.remove();
+  drop(Math.max(0, over));
   if (atEnd) list.scrollTop = list.scrollHeight;
+}
+
+function drop(count) {
+  dropped += count;
+  const told = document.getElementById("dropped");
+  told.hidden = !dropped;
+  told.textContent = fill(texts.dropped, { count: dropped });
 }
 
 function received(event, data) {
@@ -47,7 +56,10 @@ function received(event, data) {
   else if (event === "ended") end(fill(texts.ended, data));
   else {
     waiting.push([event, data]);
-    if (waiting.length > MAX_LINES) waiting.shift();
+    if (waiting.length > MAX_LINES) {
+      waiting.shift();
+      drop(1);
+    }
     if (paused) say(fill(texts.paused, { count: waiting.length }));
   }
 }
@@ -107,7 +119,10 @@ pause.onclick = () => {
   }
   say(paused ? fill(texts.paused, { count: waiting.length }) : stream ? texts.connected : texts.stopped);
 };
-document.getElementById("clear").onclick = () => list.replaceChildren();
+document.getElementById("clear").onclick = () => {
+  list.replaceChildren();
+  drop(-dropped);
+};
 filters.addEventListener("submit", (event) => {
   event.preventDefault();
   if (stream) end(texts.stopped);
