@@ -318,6 +318,8 @@ async def _look_at_instances(
     async def look(row: Any) -> tuple[Address | None, Facts | ConnectFailed | str]:
         if row["provisioner"] == "local" and row["host_id"] != own:
             return None, f"it is on {row['host_name'] or 'no host yet'}: run the doctor there"
+        if row["provisioner"] == "kubernetes":
+            return None, "it is in the cluster: `kubectl describe redishttpinstance` says how it is"
         if row["endpoint"] is None or encryption is None:
             return None, "nothing is known of where it is yet" if encryption else "its password cannot be opened"
         try:

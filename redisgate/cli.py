@@ -237,8 +237,13 @@ def _check_control(settings: "Settings") -> "list[Finding]":
 
 
 def _examine_control(settings: "Settings") -> "list[Finding]":
-    if not settings.control.enabled:
-        return []
-    from control import doctor
+    found: list[Finding] = []
+    if settings.control.enabled:
+        from control import doctor
 
-    return doctor.examine(settings)
+        found += doctor.examine(settings)
+    if settings.cluster.enabled:
+        from control.kubernetes import doctor as cluster
+
+        found += cluster.examine(settings)
+    return found

@@ -81,7 +81,7 @@ def examine(settings: Settings, config: Path | None, control: Control, report: R
 
 
 def _look_at_settings(settings: Settings, config: Path | None, report: Report) -> None:
-    if not settings.instances and not settings.control.enabled:
+    if not settings.instances and not settings.control.enabled and not settings.cluster.enabled:
         report.wrong(
             "no Redis is configured, so there is nothing to serve",
             "set REDISGATE_REDIS_URL and REDISGATE_TOKEN, or name a file with instances by --config, or a PostgreSQL"
