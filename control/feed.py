@@ -228,7 +228,7 @@ class AccessFeed:
                     if load.changed.isdisjoint((_EVERYTHING, subject)):
                         break
         except (DatabaseAway, TimeoutError, *_NOT_MIGRATED) as error:
-            raise Unavailable(_AWAY) from error
+            raise Unavailable("the control plane's database cannot be reached") from error
         finally:
             del self._loads[key]
         if row is None or row["endpoint"] is None or row["desired_state"] != "running":

@@ -114,6 +114,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reader = self._reader
+        if scope["method"] == "HEAD":
+            reader.ended = ""
         gone = asyncio.ensure_future(_left(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

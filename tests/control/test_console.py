@@ -392,3 +392,12 @@ def test_redis_that_is_away_is_told(service: Service, owner_api: Api, listen: An
     response = terminal.post("commands", {"lines": "ping"})
     assert response.status in (502, 503)
     assert "nothing was run" in response.json()["message"] or "may have run" in response.json()["message"]
+
+
+def test_the_head_of_a_stream_is_an_answer_of_its_own(terminal: Terminal) -> None:
+    target = f"/api/organizations/{terminal.api.organization_id}/{terminal.path}/subscribe?channels=c"
+    with Client(terminal.api.port, terminal.api.token) as client:
+        client.send("HEAD", target)
+        response = client.read(head_only=True)
+    assert response.status == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
