@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -19,10 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.control.conftest import Service, Urls, migrated, postgres_server  # noqa: F401
-from tests.control.service import Api, register
+from tests.control.service import PASSWORD, Api, register
 from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.kubelet import Kubelet
 from tests.kubernetes.test_routes import condition, get, namespace
@@ -345,6 +347,35 @@ def test_an_instance_made_by_the_api_is_a_resource_used_by_both_kinds_of_keys(wo
     organization = f"redisgate.io/organization={api.organization_id}"
     wait_for(lambda: not world.cluster.everything(organization), 40, "nothing to be left")
     assert world.cluster.find("Namespace", "", home) is None
+
+
+def test_the_same_by_the_dashboards_forms(world: World, service: Service) -> None:
+    api = register(service.port, "reader")
+    home = f"/dashboard/{api.organization_id}"
+    with httpx.Client(base_url=f"http://127.0.0.1:{service.port}", headers={"Accept": "text/html"}) as browser:
+
+        def post(page: str, target: str, **fields: str) -> httpx.Response:
+            token = re.search(r'name="csrf_token" value="([0-9a-f]{64})"', browser.get(page).text)
+            assert token is not None, page
+            response = browser.post(target, data={"csrf_token": token[1]} | fields)
+            assert response.status_code == 303, response.text
+            return response
+
+        post("/login", "/login", email=api.email, password=PASSWORD)
+        made = post(f"{home}/instances/new", f"{home}/instances/new", name="Basket", max_memory=str(64 * MIB))
+        at = made.headers["location"].partition("?")[0]
+        instance_id = at.rpartition("/")[2]
+        settled(api, instance_id)
+        page = browser.get(at).text
+        assert "Running" in page
+        tokens = api.call("GET", f"redis-instances/{instance_id}/credentials")
+        assert tokens["token"] not in page
+        assert get(service.port, tokens["token"], "/set/k/v").result == "OK"
+        assert re.search(r"<textarea[^>]*>\s*v</textarea>", browser.get(f"{at}/data?key=k").text)
+        post(f"{at}/settings", f"{at}/settings/delete", confirm="Basket")
+        wait_for(lambda: get(service.port, tokens["token"], "/get/k").status in (401, 404), 5, "its end")
+    organization = f"redisgate.io/organization={api.organization_id}"
+    wait_for(lambda: not world.cluster.everything(organization), 40, "nothing to be left")
 
 
 def test_without_a_cluster_creation_fails_clearly_and_nothing_is_written_down(world: World, service: Service) -> None:
