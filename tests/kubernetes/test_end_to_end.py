@@ -372,7 +372,7 @@ def test_the_same_by_the_dashboards_forms(world: World, service: Service) -> Non
         assert tokens["token"] not in page
         assert get(service.port, tokens["token"], "/set/k/v").result == "OK"
         assert re.search(r"<textarea[^>]*>\s*v</textarea>", browser.get(f"{at}/data?key=k").text)
-        post(f"{at}/settings", f"{at}/settings/delete", confirm="Basket")
+        post(f"{at}/settings", f"{at}/delete", confirm="Basket")
         wait_for(lambda: get(service.port, tokens["token"], "/get/k").status in (401, 404), 5, "its end")
     organization = f"redisgate.io/organization={api.organization_id}"
     wait_for(lambda: not world.cluster.everything(organization), 40, "nothing to be left")
