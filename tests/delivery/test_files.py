@@ -128,15 +128,92 @@ def test_compose_has_everything_that_it_speaks_of() -> None:
         assert f"`{variable}`" in known, variable
 
 
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+SYSTEMD = ROOT / "deploy" / "systemd"
+
+
+def _directives(name: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for line in (SYSTEMD / name).read_text().splitlines():
+        if not line.startswith(("#", "[")) and "=" in line:
+            directive, _, value = line.partition("=")
+            found.setdefault(directive, []).append(value)
+    return found
+
+
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
     program = tmp_path / "redisgate"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    unit = tmp_path / "redisgate.service"
-    text = (ROOT / "deploy" / "systemd" / "redisgate.service").read_text()
-    unit.write_text(text.replace("/opt/redisgate/bin/redisgate", str(program)))
-    done = run(tool("systemd-analyze"), "verify", "--man=no", unit)
-    assert "redisgate.service" not in done.stderr, done.stderr
+    units = [tmp_path / path.name for path in SYSTEMD.glob("*.service")]
+    assert len(units) == 2
+    for unit in units:
+        text = (SYSTEMD / unit.name).read_text()
+        unit.write_text(text.replace("/opt/redisgate/bin/redisgate", str(program)))
+    done = run(tool("systemd-analyze"), "verify", "--man=no", *units)
+    assert "redisgate" not in done.stderr, done.stderr
+
+
+def test_a_stop_of_the_unit_ends_the_gateway_and_leaves_its_instances_alone() -> None:
+    """With any other KillMode systemd kills what is left in the control group: the instances.
+
+    That the workers end with their supervisor is tests/redisgate/test_supervisor.py's.
+    """
+    from redisgate.config import Limits
+    from redisgate.supervisor import DRAIN_GRACE
+
+    unit = _directives("redisgate.service")
+    assert unit["KillMode"] == ["process"]
+    assert int(unit["TimeoutStopSec"][0]) > Limits().drain_timeout + DRAIN_GRACE
+
+
+def test_the_owner_of_the_database_is_known_to_the_migrations_alone() -> None:
+    gateway, migrations = _directives("redisgate.service"), _directives("redisgate-migrate.service")
+    assert gateway["EnvironmentFile"] == ["/etc/redisgate/env"]
+    assert "REDISGATE_MIGRATE_ON_START=false" in gateway["Environment"][0]
+    assert migrations["EnvironmentFile"] == ["/etc/redisgate/env", "/etc/redisgate/migrate.env"]
+    assert migrations["DynamicUser"] == ["yes"], "the gateway's user reads the environment of its own processes"
+    for order in ("Wants", "After"):
+        assert "redisgate-migrate.service" in gateway[order][0].split()
+    page = (ROOT / "docs" / "DEPLOYMENT.md").read_text()
+    files = dict(re.findall(r"`/etc/redisgate/([\w.]+)`[^\n]*:\n\n```\w+\n(.*?)```", page, re.DOTALL))
+    assert set(files) == {"redisgate.toml", "env", "migrate.env"}
+    assert "MIGRATION_URL" in files["migrate.env"]
+    assert "MIGRATION_URL" not in files["env"] + files["redisgate.toml"]
+
+
+def test_the_settings_of_the_documentation_are_taken(tmp_path: Path) -> None:
+    """The file of the unit, with the secrets beside it, as `redisgate serve` reads them."""
+    from redisgate.config import load
+
+    page = (ROOT / "docs" / "DEPLOYMENT.md").read_text()
+    text = re.search(r"`/etc/redisgate/redisgate\.toml`[^\n]*:\n\n```toml\n(.*?)```", page, re.DOTALL)
+    assert text is not None
+    (tmp_path / "redisgate.toml").write_text(text[1])
+    warned: list[str] = []
+    environ = {"REDISGATE_STATE_DIR": str(tmp_path), "REDISGATE_SECRET_KEY": "0123456789abcdef" * 4}
+    settings = load({"config": str(tmp_path / "redisgate.toml")}, environ, tmp_path, warned.append)
+    assert warned == []
+    assert settings.metrics_port == 9400
+    assert settings.control.public_url == "https://redis.example.com"
+
+
+def test_commands_by_hand_have_what_the_service_has(tmp_path: Path) -> None:
+    """systemd-run needs a running systemd: here its options are compared with its help, and the command is looked at."""
+    known = run(tool("systemd-run"), "--help").stdout
+    (tmp_path / "systemd-run").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "systemd-run").chmod(0o755)
+    done = run(SYSTEMD / "redisgate", "admin", "a b@example.com", env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr
+    *options, program, command, argument = done.stdout.splitlines()
+    assert (program, command, argument) == ("/opt/redisgate/bin/redisgate", "admin", "a b@example.com")
+    for option in options:
+        assert option.partition("=")[0] in known, option
+    unit = _directives("redisgate.service")
+    assert f"--uid={unit['User'][0]}" in options
+    assert f"--property=EnvironmentFile={unit['EnvironmentFile'][0]}" in options
+    for variable in unit["Environment"][0].split():
+        assert f"--setenv={variable}" in options
+    assert f"--setenv=REDISGATE_CONFIG={unit['ExecStart'][0].split()[-1]}" in options
 
 
 def test_windows_finds_its_own_line_endings() -> None:
