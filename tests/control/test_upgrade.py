@@ -264,11 +264,15 @@ async def test_a_table_in_use_is_waited_for_without_holding_up_others(
         await transaction.start()
         await busy.execute("SELECT count(*) FROM instances")  # its lock lasts as long as the transaction
         migrating = asyncio.create_task(migrate(settings_of(urls), directory))
-        for _ in range(5):
-            # Behind the migration's lock request this would wait for as long as the transaction lasts.
-            await other.fetchval("SELECT count(*) FROM instances", timeout=0.8)
-            assert not migrating.done()
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(20):
+            for _ in range(2):
+                while not await other.fetchval(  # noqa: ASYNC110  there is nothing to be told by
+                    "SELECT count(*) FROM pg_locks WHERE relation = 'instances'::regclass AND NOT granted"
+                ):
+                    await asyncio.sleep(0.005)
+                # Behind the migration's lock request this would wait for as long as the transaction lasts.
+                await other.fetchval("SELECT count(*) FROM instances")
+                assert not migrating.done()
         await transaction.rollback()
         assert [str(each) for each in await migrating] == ["9001_labels"]
     finally:

@@ -673,8 +673,9 @@ async def test_after_sigkill_the_other_takes_over_when_the_lease_has_run_out(
             assert not worker.active
             process.send_signal(signal.SIGKILL)
             killed = time.monotonic()
-            await eventually(lambda: worker.active, seconds=5)
-            assert 1.5 <= time.monotonic() - killed <= 3.0
+            await eventually(lambda: worker.active, seconds=20)
+            # The holder renews each 0.05 s, and gives up when it could not for its deadline.
+            assert time.monotonic() - killed >= FAST["duration"] - FAST["deadline"]
     finally:
         process.kill()
         process.wait(SECONDS)
