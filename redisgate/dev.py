@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING
 
 from redisgate.config import (
     ConfigError,
-    ControlSettings,
     InstanceConfig,
     Settings,
     TokenConfig,
     database,
     ensure_secret_key,
+    load,
 )
 from redisgate.policy import Scope
 from resp.address import Address
@@ -100,11 +100,11 @@ def _serve_all(host: str, port: int, data: Path, binary: _Binary, environ: Mappi
     from redisgate.supervisor import run
 
     with contextlib.ExitStack() as stack:
-        url = environ.get("DATABASE_URL") or environ.get("REDISGATE_DATABASE_URL")
+        url = environ.get("REDISGATE_DATABASE_URL") or environ.get("DATABASE_URL") or None
         own = url is None
         if url is None:
             url = stack.enter_context(_postgres(data))
-        settings = ensure_secret_key(_control_settings(host, port, data, database(url)))
+        settings = ensure_secret_key(_control_settings(host, port, data, database(url), environ, own=own))
         instances = data / "instances"
         instances.mkdir(exist_ok=True, mode=0o711)
         stack.enter_context(_ends_instances(instances))
@@ -115,24 +115,32 @@ def _serve_all(host: str, port: int, data: Path, binary: _Binary, environ: Mappi
         return run(settings, None, lambda ready: _greet_all(ready, binary, data, demo.wait(ready, made), own))
 
 
-def _control_settings(host: str, port: int, data: Path, url: str) -> Settings:
-    return Settings(
-        host=host,
-        port=port,
-        workers=min(2, len(os.sched_getaffinity(0))),
-        # each instance's domain, which browsers and curl take for this machine
-        base_domain="localhost",
-        state_dir=data,
-        log_level="warning",
-        control=ControlSettings(
-            database_url=url,
-            mode="dev",
-            migrate_on_start=False,
-            allow_private_addresses=True,
-            # a Redis that runs on this machine already may become an instance
-            allowed_networks=("127.0.0.0/8", "::1/128"),
-        ),
-    )
+_DEFAULTS = {
+    "REDISGATE_LOG_LEVEL": "warning",
+    # each instance's domain, which browsers and curl take for this machine
+    "REDISGATE_BASE_DOMAIN": "localhost",
+    "REDISGATE_ALLOW_PRIVATE_ADDRESSES": "true",
+    # a Redis that runs on this machine already may become an instance
+    "REDISGATE_ALLOWED_NETWORKS": "127.0.0.0/8,::1/128",
+}
+"""Of settings that no variable names."""
+
+
+def _control_settings(host: str, port: int, data: Path, url: str, environ: Mapping[str, str], *, own: bool) -> Settings:
+    """The settings that variables name, over what suits a trial; what `dev` is made of stays as it is."""
+    given = {name: value for name, value in environ.items() if name.startswith(("REDISGATE_", "DATABASE_"))}
+    if own:  # other addresses of a database that is not ours
+        given = {name: value for name, value in given.items() if "DATABASE_" not in name}
+    fixed = {
+        "REDISGATE_HOST": host,
+        "REDISGATE_PORT": str(port),
+        "REDISGATE_STATE_DIR": str(data),
+        "REDISGATE_MODE": "dev",
+        "REDISGATE_DATABASE_URL": url,
+        "REDISGATE_MIGRATE_ON_START": "false",
+    }
+    workers = {"REDISGATE_WORKERS": str(min(2, len(os.sched_getaffinity(0))))}
+    return load({}, _DEFAULTS | workers | given | fixed, Path.cwd())
 
 
 @contextlib.contextmanager

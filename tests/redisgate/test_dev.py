@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,13 +23,13 @@ from tests.servers import free_port, wait_for
 class Dev:
     """A `redisgate dev` whose output is read until it is ready."""
 
-    def __init__(self, cwd: Path, *arguments: str) -> None:
+    def __init__(self, cwd: Path, *arguments: str, environ: Mapping[str, str] | None = None) -> None:
         self.output = tempfile.TemporaryFile()
-        environ = {name: value for name, value in os.environ.items() if not name.startswith(("REDISGATE_", "SRH_"))}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("REDISGATE_", "SRH_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "redisgate", "dev", *arguments],
             cwd=cwd,
-            env=environ,
+            env=clean | dict(environ or {}),
             stdout=self.output,
             stderr=subprocess.STDOUT,
         )
@@ -91,8 +93,8 @@ def alive(pid: int) -> bool:
 def start(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
     started: list[Dev] = []
 
-    def make(*arguments: str) -> Dev:
-        dev = Dev(tmp_path, *arguments)
+    def make(*arguments: str, **options: Any) -> Dev:
+        dev = Dev(tmp_path, *arguments, **options)
         started.append(dev)
         return dev
 
@@ -195,3 +197,26 @@ def test_a_directory_that_cannot_be_used_is_named(start: Callable[..., Dev], tmp
     dev = start("--data", "file/data")
     assert dev.process.wait(20) == 2
     assert "name another directory with --data" in dev.text()
+
+
+@pytest.mark.timeout(90)
+def test_variables_set_what_dev_leaves_open(start: Callable[..., Dev], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docker-compose.yml does: a port for Prometheus, the whole access log, one worker."""
+    port = free_port()
+    variables = {
+        "METRICS_PORT": str(port),
+        "WORKERS": "1",
+        "ACCESS_LOG": "all",
+        "LOG_LEVEL": "info",
+        "MODE": "production",
+    }
+    environ = {f"REDISGATE_{name}": value for name, value in variables.items()}
+    dev = start("--port", "0", "--data", "data", environ=environ)
+    dev.ready()
+    with Client(dev.port, dev.token()) as client:
+        assert client.get("/set/k/v").result == "OK"
+    wait_for(lambda: "GET /set/" in dev.text().partition("Ctrl-C stops")[2], 5, "the access log")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+        text = response.read().decode()
+    assert "redisgate_build_info" in text
+    assert "worker 1" not in dev.text()
