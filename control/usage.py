@@ -31,6 +31,7 @@ from redisgate.config import ControlSettings
 from redisgate.metering import READ, WRITE, UsageCell, percentile
 from resp.commands import CommandTable
 from resp.errors import RespError
+from resp.info import parse_info
 from resp.pool import Pool
 
 FLUSH_SECONDS: Final = 5.0
@@ -325,7 +326,7 @@ async def _look(pool: Pool, database: int) -> Sample:
     reply = await pool.call(b"INFO", b"all")
     if not isinstance(reply, bytes):
         raise ValueError("INFO was refused")
-    info = dict(line.split(":", 1) for line in reply.decode("utf-8", "replace").splitlines() if ":" in line)
+    info = parse_info(reply)
     keyspace = dict(part.split("=", 1) for part in info.get(f"db{database}", "keys=0").split(",") if "=" in part)
     return Sample(
         _number(keyspace.get("keys"), _MOST_BIGINT),

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from redisgate.access import Instance
 from resp.errors import RespError
+from resp.info import parse_info
 
 SAMPLE_SECONDS = 2.0
 """How often a worker asks a server with a capacity for its used_memory, while the instance is used."""
@@ -49,22 +50,14 @@ class CapacityWatch:
         except RespError:
             return  # whoever sends a command hears of it
         self._seen[instance.id] = last_used
-        used = used_memory(info) if isinstance(info, bytes) else None
+        used = parse_info(info).get("used_memory")
         if used is None:
             if instance.id not in self._unwatched:
                 self._unwatched.add(instance.id)
                 log.warning("the capacity of %s cannot be watched: its user may not run INFO", instance.id)
             return
         assert instance.config.capacity is not None
-        over = used > instance.config.capacity
+        over = int(used) > instance.config.capacity
         if over != instance.over_capacity:
             log.warning("%s is %s its capacity", instance.id, "over" if over else "within")
             instance.over_capacity = over
-
-
-def used_memory(info: bytes) -> int | None:
-    """The field of an INFO reply, in bytes."""
-    for line in info.splitlines():
-        if line.startswith(b"used_memory:"):
-            return int(line.partition(b":")[2])
-    return None

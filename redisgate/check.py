@@ -6,15 +6,14 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from redisgate.config import InstanceConfig, Settings, TokenConfig
 from redisgate.findings import Finding, Report
 from resp.address import Address
-from resp.connection import Connection, FutureWaiter, connect
-from resp.encoder import encode_commands
+from resp.connection import connect
 from resp.errors import ConnectFailed, ReplyLost, RespError
-from resp.parser import ErrorReply, Parser
+from resp.info import ask, parse_info, server_version
 
 MIN_TOKEN_LENGTH: Final = 16
 """Shorter tokens can be guessed."""
@@ -124,7 +123,7 @@ class Facts:
 
     @property
     def version(self) -> str | None:
-        return self.info.get("valkey_version") or self.info.get("redis_version")
+        return server_version(self.info)
 
 
 async def look_at(address: Address, connect_timeout: float, command_timeout: float) -> Facts | ConnectFailed:
@@ -136,35 +135,26 @@ async def look_at(address: Address, connect_timeout: float, command_timeout: flo
     try:
         async with asyncio.timeout(command_timeout):
             began = time.time()
-            [now] = await _ask(connection, [b"TIME"])
+            [now] = await ask(connection, ["TIME"])
             latency = time.time() - began
-            info, policy = await _ask(connection, [b"INFO"], [b"CONFIG", b"GET", b"maxmemory-policy"])
+            info, policy = await ask(connection, ["INFO"], ["CONFIG", "GET", "maxmemory-policy"])
     except (TimeoutError, RespError) as error:
         return ConnectFailed(f"it accepts the login but does not answer: {error or 'no reply in time'}")
     finally:
         transactions = connection.transactions
         certificate = connection.peer_certificate
         connection.close(ReplyLost("done"))
-    fields = {}
-    if isinstance(info, str) and not isinstance(info, ErrorReply):
-        fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
     ahead = None
     if isinstance(now, list) and len(now) == 2:
         ahead = int(now[0]) + int(now[1]) / 1e6 - (began + latency / 2)
     return Facts(
-        fields,
+        parse_info(info),
         transactions,
         policy[1] if isinstance(policy, list) and len(policy) == 2 else None,
         latency,
         ahead,
         ssl.cert_time_to_seconds(certificate["notAfter"]) if certificate else None,
     )
-
-
-async def _ask(connection: Connection, *commands: list[bytes]) -> list[Any]:
-    waiter = FutureWaiter(len(commands), asyncio.get_running_loop())
-    connection.send(encode_commands(commands), waiter)
-    return Parser(text=True).parse(await waiter.future, len(commands))
 
 
 def describe(report: Report, address: Address, facts: Facts) -> None:

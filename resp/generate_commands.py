@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import hiredis
 
 from resp.commands import CommandTable, to_json
+from resp.info import parse_info, server_version
 
 TIMEOUT = 10.0  # seconds
 
@@ -25,9 +26,9 @@ def main(url: str) -> None:
     with _connect(url) as sock:
         info = _ask(sock, b"INFO server")
         entries = _ask(sock, b"COMMAND")
-    fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-    name = "valkey" if b"valkey_version" in fields else "redis"
-    version = fields[f"{name}_version".encode()].decode()
+    fields = parse_info(info)
+    name = "valkey" if "valkey_version" in fields else "redis"
+    version = server_version(fields)
 
     table = CommandTable({})
     for entry in entries:

@@ -20,16 +20,16 @@ from control.http import Context, NotFound, QuotaExceeded
 from control.instances import MAX_MEMORY, spec_of
 from control.kubernetes.client import EVENTS, INSTANCES, SECRETS, KubernetesClient, KubernetesError, Object, key_of
 from control.kubernetes.reflector import ADDED, DELETED, Reflector
-from control.kubernetes.routes import ROUTE_LABEL, UID_LABEL, RouteError, connect, gateway_namespace, read_route
+from control.kubernetes.routes import ROUTE_LABEL, RouteError, connect, gateway_namespace, read_route, routed_uid
+from control.kubernetes.spec import MANAGED_LABEL
 from control.provisioners import OnStep, Provisioner, ProvisionError
 from control.provisioners.kubernetes import (
     FIELD_MANAGER,
     INSTANCE_LABEL,
-    MANAGED_LABEL,
     KubernetesProvisioner,
     max_memory_of,
 )
-from control.quotas import Limits
+from control.quotas import MIB, Limits
 from resp.address import Address
 
 SWEEP_SECONDS: Final = 30.0
@@ -38,7 +38,6 @@ MAX_CHANGED: Final = 10_000
 """Resources that have changed and wait to be looked at; beyond it the next sweep finds them."""
 GROWTH: Final = 1.5
 """By how much an instance's memory grows when it stays nearly full."""
-MIB: Final = 1024 * 1024
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,9 @@ class Addresses:
         return self._addresses.get(uid)
 
     def _heard(self, kind: str, secret: Object, before: Object | None) -> None:
-        uid = secret["metadata"]["labels"].get(UID_LABEL, "")
+        uid = routed_uid(secret)
+        if uid is None:
+            return
         try:
             if kind == DELETED:
                 self._addresses.pop(uid, None)

@@ -52,7 +52,6 @@ from control.kubernetes.lease import Lease
 from control.kubernetes.plan import (
     ADDRESS_ANNOTATION,
     FINALIZER,
-    MANAGED_LABEL,
     MANAGER,
     NAME_LABEL,
     NAMESPACE_LABEL,
@@ -69,7 +68,7 @@ from control.kubernetes.plan import (
 from control.kubernetes.queue import WorkQueue
 from control.kubernetes.redis import LoginLost, Running, Unreachable, adjust
 from control.kubernetes.reflector import DELETED, SILENCE_SECONDS, Reflector
-from control.kubernetes.spec import Instance, SpecError, read_instance, seconds
+from control.kubernetes.spec import MANAGED_LABEL, Instance, SpecError, read_instance, seconds
 from control.kubernetes.status import (
     Condition,
     Health,

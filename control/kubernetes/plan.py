@@ -32,13 +32,11 @@ from control.kubernetes.client import (
     Object,
     Resource,
 )
-from control.kubernetes.spec import S3, Instance, SpecError, quantity
-from control.provisioners import ADMIN_USER, GATEWAY_USER
-from control.provisioners.local import GATEWAY_RULES
+from control.kubernetes.spec import DATA_PERCENT, MANAGED_LABEL, S3, Instance, SpecError, quantity
+from control.provisioners import ADMIN_USER, GATEWAY_RULES, GATEWAY_USER
 
 MANAGER: Final = "redisgate-operator"
 FINALIZER: Final = "redisgate.io/operator"
-MANAGED_LABEL: Final = "app.kubernetes.io/managed-by"
 COMPONENT_LABEL: Final = "app.kubernetes.io/component"
 NAME_LABEL: Final = "redisgate.io/instance-name"
 NAMESPACE_LABEL: Final = "redisgate.io/instance-namespace"
@@ -61,8 +59,6 @@ LOAD_SECONDS: Final = 3600
 """For Redis to load its data after a start."""
 BACKUP_SECONDS: Final = 6 * 3600
 """For one backup; then its job is ended."""
-DEFAULT_PERCENT: Final = 75
-"""Of the memory limit that the data may take: the rest is for copy-on-write, buffers and fragmentation."""
 CONFIG_DIR: Final = "/etc/redisgate"
 DATA_DIR: Final = "/data"
 TLS_DIR: Final = "/tls"
@@ -394,7 +390,7 @@ def maxmemory(instance: Instance) -> int:
     limit = instance.spec.resources.limits.get("memory")
     if limit is None:
         return 0
-    percent = instance.spec.memory.maxmemory_percent or DEFAULT_PERCENT
+    percent = instance.spec.memory.maxmemory_percent or DATA_PERCENT
     return int(quantity(limit, "spec.resources.limits.memory") * percent / Decimal(100))
 
 

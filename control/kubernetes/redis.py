@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from resp.address import Address
-from resp.connection import Connection, FutureWaiter, connect
-from resp.encoder import encode_commands
+from resp.connection import Connection, connect
 from resp.errors import ConnectFailed, LoginRefused, ReplyLost, RespError
-from resp.parser import ErrorReply, Parser
+from resp.info import ask, parse_info, server_version
+from resp.parser import ErrorReply
 
 CONNECT_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 5.0
@@ -63,14 +63,13 @@ async def adjust(addresses: Sequence[Address], users: Mapping[str, list[str]], c
         replies = await _ask(connection, commands)
     finally:
         connection.close(ReplyLost("done"))
-    facts = dict(line.split(":", 1) for line in str(replies[0]).splitlines() if ":" in line)
     refused = {}
     for command, reply in zip(commands, replies, strict=True):
         if isinstance(reply, ErrorReply):
             if command[0] != "CONFIG":
                 raise Unreachable(f"Redis refused {command[0]} {command[1]}: {reply}")
             refused[command[2]] = str(reply)
-    return Running(facts.get("valkey_version") or facts.get("redis_version") or "", refused)
+    return Running(server_version(parse_info(replies[0])) or "", refused)
 
 
 async def _open(addresses: Sequence[Address]) -> Connection:
@@ -86,11 +85,9 @@ async def _open(addresses: Sequence[Address]) -> Connection:
 
 
 async def _ask(connection: Connection, commands: list[list[str]]) -> list[Any]:
-    waiter = FutureWaiter(len(commands), asyncio.get_running_loop())
-    connection.send(encode_commands([[word.encode() for word in command] for command in commands]), waiter)
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            return list(Parser(text=True).parse(await waiter.future, len(commands)))
+            return await ask(connection, *commands)
     except (TimeoutError, RespError) as error:
         raise Unreachable("Redis stopped answering") from error
 

@@ -15,6 +15,10 @@ import msgspec
 
 from control.kubernetes.client import Object
 
+MANAGED_LABEL: Final = "app.kubernetes.io/managed-by"
+DATA_PERCENT: Final = 75
+"""Of a pod's memory that the data may take: the rest is for copy-on-write, buffers and fragmentation."""
+
 Quantity = str | int | float
 
 _SUFFIXES: Final[dict[str, Decimal]] = {

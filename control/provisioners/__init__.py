@@ -14,6 +14,14 @@ GATEWAY_USER: Final = "gateway"
 """The Redis user of managed instances that commands run as."""
 ADMIN_USER: Final = "redisgate-admin"
 """The Redis user of managed instances that we administer them as."""
+# What the gateway's user may not run, so that scripts cannot either. Administration is a category; what the flags do
+# not tell is as in redisgate/policy.py: MIGRATE connects to any address it is told, the others leave the database.
+GATEWAY_RULES: Final = (
+    "~* &* +@all -@admin -migrate -move -select -swapdb -restore-asking"
+    " -asking -readonly -readwrite -wait"
+    # Read by the gateway for its clients, after a look at the arguments; not permitted to scripts by Redis itself.
+    " +monitor +config|get"
+).split()
 
 OnStep = Callable[[str], None]
 """Called after each thing that was done to the world, with its name."""

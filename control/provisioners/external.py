@@ -13,10 +13,10 @@ from typing import Any, Final
 from control.addresses import AddressPolicy, AddressRefused
 from control.provisioners import Found, ProvisionError, Spec, version_matches
 from resp.address import Address, parse_url
-from resp.connection import Connection, FutureWaiter, connect
-from resp.encoder import encode_commands
+from resp.connection import Connection, connect
 from resp.errors import ConnectFailed, ReplyLost, RespError
-from resp.parser import ErrorReply, Parser
+from resp.info import ask, parse_info, server_version
+from resp.parser import ErrorReply
 
 _VERSION = re.compile(r"\d{1,4}(?:\.\d{1,6}){0,3}", re.ASCII)
 CONNECT_SECONDS: Final = 3.0
@@ -125,7 +125,7 @@ class ExternalProvisioner:
             facts, notes = await _examine_connection(connection)
         finally:
             connection.close(ReplyLost("done"))
-        said = _VERSION.match(facts.get("valkey_version") or facts.get("redis_version") or "")
+        said = _VERSION.match(server_version(facts) or "")
         version = said[0] if said is not None else None
         if version is not None and not version_matches(redis_version, version):
             raise ProvisionError(f"it runs Redis {version}, not {redis_version}", permanent=True)
@@ -181,18 +181,12 @@ async def _examine_connection(connection: Connection) -> tuple[dict[str, str], l
     """What INFO says, and what the owner should know of what this user may do there."""
     # Nothing is written: there is no such key, and XX sets only what exists.
     key = f"redisgate:{secrets.token_hex(8)}"
-    commands = [["INFO"], ["GET", key], ["SET", key, "1", "XX"]]
-    waiter = FutureWaiter(len(commands), asyncio.get_running_loop())
-    connection.send(encode_commands([[word.encode() for word in command] for command in commands]), waiter)
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            frames = await waiter.future
-        info, read, written = Parser(text=True).parse(frames, len(commands))
+            info, read, written = await ask(connection, ["INFO"], ["GET", key], ["SET", key, "1", "XX"])
     except (TimeoutError, RespError) as error:
         raise ProvisionError("it accepts the login but does not answer") from error
-    facts: dict[str, str] = {}
-    if isinstance(info, str) and not isinstance(info, ErrorReply):
-        facts = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    facts = parse_info(info)
     if facts.get("cluster_enabled") == "1":
         raise ProvisionError(
             "it is a node of a Redis Cluster, and the gateway does not follow slots to other nodes; register a Redis"

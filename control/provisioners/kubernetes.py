@@ -32,12 +32,11 @@ from control.kubernetes.client import (
     Resource,
 )
 from control.kubernetes.client import Unavailable as ClusterAway
-from control.kubernetes.spec import SpecError, quantity
+from control.kubernetes.spec import DATA_PERCENT, MANAGED_LABEL, SpecError, quantity
 from control.provisioners import Found, OnStep, ProvisionError, Spec
-from control.quotas import Limits
+from control.quotas import GIB, MIB, Limits
 
 FIELD_MANAGER: Final = "redisgate-control-plane"
-MANAGED_LABEL: Final = "app.kubernetes.io/managed-by"
 ORGANIZATION_LABEL: Final = "redisgate.io/organization"
 INSTANCE_LABEL: Final = "redisgate.io/instance-id"
 READY_SECONDS: Final = 120.0
@@ -50,10 +49,6 @@ MAX_LOOK_SECONDS: Final = 1.0
 ROUTE_SECONDS: Final = 5.0
 """For the gateways to say that they route to an instance that is ready; then its owner is told."""
 
-MIB: Final = 1024 * 1024
-GIB: Final = 1024 * MIB
-DATA_PERCENT: Final = 75
-"""Of a pod's memory that the data may take: the rest is for copy-on-write, buffers and fragmentation."""
 LEAST_POD_MEMORY: Final = 64 * MIB
 """Of a pod, however small its instance; only below 6.4 MiB of data it is less, since the share has at least 10 %."""
 LEAST_VOLUME: Final = GIB

@@ -39,14 +39,23 @@ from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 from uuid import UUID
 
-from control.provisioners import ADMIN_USER, GATEWAY_USER, Found, OnStep, ProvisionError, Spec, version_matches
+from control.provisioners import (
+    ADMIN_USER,
+    GATEWAY_RULES,
+    GATEWAY_USER,
+    Found,
+    OnStep,
+    ProvisionError,
+    Spec,
+    version_matches,
+)
 from control.provisioners.snapshots import examine, upload_path
 from redisgate.config import ConfigError
 from resp.address import Address
-from resp.connection import Connection, FutureWaiter, connect
-from resp.encoder import encode_commands
+from resp.connection import Connection, connect
 from resp.errors import ConnectFailed, ReplyLost, RespError
-from resp.parser import ErrorReply, Parser
+from resp.info import ask, parse_info, server_version
+from resp.parser import ErrorReply
 
 START_SECONDS: Final = 20.0
 """For redis-server to answer; while it says that it loads its data, the time begins anew."""
@@ -63,15 +72,6 @@ MAX_SOCKET_PATH: Final = 107
 """Bytes that the path of a Unix socket may have."""
 RUN_AS: Final = ("redisgate", "redis", "nobody")
 """Whom root's redis-server runs as: the first of these users that there is."""
-
-# What the gateway's user may not run, so that scripts cannot either. Administration is a category; what the flags do
-# not tell is as in redisgate/policy.py: MIGRATE connects to any address it is told, the others leave the database.
-GATEWAY_RULES: Final = (
-    "~* &* +@all -@admin -migrate -move -select -swapdb -restore-asking"
-    " -asking -readonly -readwrite -wait"
-    # Read by the gateway for its clients, after a look at the arguments; not permitted to scripts by Redis itself.
-    " +monitor +config|get"
-).split()
 
 _SOCKET = "redis.sock"
 # The shell writes its process id and becomes redis-server: whatever holds the lock has a name, from its first moment.
@@ -462,7 +462,7 @@ class LocalProvisioner:
             (reply,) = await _ask(connection, [["INFO", "memory"]])
         finally:
             connection.close(ReplyLost("done"))
-        facts = dict(line.split(":", 1) for line in str(reply).splitlines() if ":" in line)
+        facts = parse_info(reply)
         used, most = int(facts.get("used_memory", 0)), spec.max_memory + OVERHEAD_BYTES
         if used > most:
             raise ProvisionError(
@@ -611,11 +611,11 @@ class LocalProvisioner:
         for command, reply in zip(commands, replies, strict=True):
             if isinstance(reply, ErrorReply):
                 raise ProvisionError(f"{command[0]} {command[1]} was refused: {reply}")
-        facts = dict(line.split(":", 1) for line in str(replies[-1]).splitlines() if ":" in line)
+        facts = parse_info(replies[-1])
         pid = await self._pid(home)
         if pid is None or str(pid) != facts.get("process_id"):
             raise ProvisionError("redis-server ended while it was being looked at")
-        version = facts.get("valkey_version") or facts.get("redis_version") or ""
+        version = server_version(facts) or ""
         warning = None
         if not version_matches(spec.redis_version, version):
             warning = f"Redis {version} runs instead of {spec.redis_version}, which this host does not have"
@@ -724,11 +724,9 @@ def _digests(spec: Spec) -> list[str]:
 
 
 async def _ask(connection: Connection, commands: list[list[str]]) -> list[Any]:
-    waiter = FutureWaiter(len(commands), asyncio.get_running_loop())
-    connection.send(encode_commands([[word.encode() for word in command] for command in commands]), waiter)
     try:
         async with asyncio.timeout(START_SECONDS):
-            return list(Parser(text=True).parse(await waiter.future, len(commands)))
+            return await ask(connection, *commands)
     except (TimeoutError, RespError) as error:
         raise ProvisionError("redis-server stopped answering") from error
 
