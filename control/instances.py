@@ -676,17 +676,6 @@ async def delete(context: Context, acting: audit.Acting, organization_id: UUID, 
         )
 
 
-async def delete_all(connection: Connection, context: Context, organization_id: UUID) -> list[UUID]:
-    """End every instance of an organization that is being deleted, in its transaction; their ids."""
-    rows = await connection.fetch(
-        "SELECT * FROM instances WHERE organization_id = $1 AND deleted_at IS NULL ORDER BY id FOR UPDATE",
-        organization_id,
-    )
-    for row in rows:
-        await _delete(connection, context, row)
-    return [row["id"] for row in rows]
-
-
 async def _delete(connection: Connection, context: Context, row: Record) -> None:
     now = context.now()
     await set_columns(

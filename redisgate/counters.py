@@ -9,7 +9,7 @@ A *series* is requests of one kind: of one family of commands, or of one class o
 import time
 from typing import Final
 
-from redisgate.metering import BUCKETS, clock
+from redisgate.metering import BUCKETS
 from resp.commands import Command
 
 COMMAND: Final = 0
@@ -49,7 +49,6 @@ _CATEGORIES: Final = (
     "admin",
 )
 _NARROWER: Final = ("geo", "hyperloglog", "bitmap")  # which stand beside sortedset or string
-FAMILIES: Final = (*_CATEGORIES, "module", "server", "unknown")
 
 
 def family_of(command: Command | None) -> str:
@@ -220,4 +219,4 @@ class Counters:
 WORKER: Final = Counters()
 """Of this process, which is one worker."""
 
-__all__ = ["WORKER", "Counters", "InstanceCounters", "Series", "clock", "family_of"]
+__all__ = ["WORKER", "Counters", "InstanceCounters", "Series", "family_of"]

@@ -1,8 +1,7 @@
 """Usage, cost and health over HTTP. What is behind them stands in `control.usage`."""
 
 import asyncio
-import time
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
@@ -290,7 +289,7 @@ async def health(request: ApiRequest) -> object:
             " ORDER BY at DESC LIMIT 1",
             row["id"],
         )
-        now = datetime.now(UTC)
+        now = context.now()
         recent = await usage.series(
             connection,
             context.settings,
@@ -335,7 +334,7 @@ async def _ask(request: ApiRequest, row: Any) -> dict[str, Any]:
     return {
         "reachable": True,
         "ping_ms": round(ping * 1000, 3),
-        "sampled_at": datetime.fromtimestamp(time.time(), UTC),
+        "sampled_at": request.context.now(),
         "keys": sample.keys,
         "memory": sample.memory,
         "connections": sample.connections,
