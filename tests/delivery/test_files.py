@@ -24,10 +24,12 @@ def run(*command: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=110, **options)
 
 
-def tool(name: str) -> str:
-    """A program of the environment that the tests run in, or of the system."""
+def tool(name: str, package: str | None = None) -> str:
+    """A program of the environment that the tests run in, or of the system: of a package of Debian, or skipped."""
     own = Path(sys.executable).parent / name
     found = str(own) if own.exists() else shutil.which(name)
+    if found is None and package is not None:
+        pytest.fail(f"{name} is not installed; Debian, Ubuntu: apt-get install {package}")
     if found is None:
         pytest.skip(f"{name} is not installed here")
     return found
@@ -198,7 +200,7 @@ def test_the_settings_of_the_documentation_are_taken(tmp_path: Path) -> None:
 
 
 def test_commands_by_hand_have_what_the_service_has(tmp_path: Path) -> None:
-    """systemd-run needs a running systemd: here its options are compared with its help, and the command is looked at."""
+    """systemd-run needs a running systemd: its options are compared with its help, and the command is looked at."""
     known = run(tool("systemd-run"), "--help").stdout
     (tmp_path / "systemd-run").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "systemd-run").chmod(0o755)
@@ -246,7 +248,7 @@ def test_the_service_works_over_servers_that_others_run(tmp_path: Path, redis_se
 
 
 def test_nginx_passes_on_commands_and_streams(tmp_path: Path, redis_server: RedisServer) -> None:
-    nginx = tool("nginx")
+    nginx = tool("nginx", "nginx-light")
     port = free_port()
     authority = trustme.CA()
     certificate = authority.issue_cert("redis.example.com", "localhost")

@@ -769,7 +769,7 @@ async def test_kubectl_applies_shows_and_deletes(
     api: KubernetesClient, kubeconfig: Path, tmp_path: Path, namespace: str, widgets: Resource
 ) -> None:
     if shutil.which("kubectl") is None:
-        pytest.fail("kubectl is not on PATH: install it to run this test (https://kubernetes.io/docs/tasks/tools/)")
+        pytest.fail("kubectl is not installed; Debian, Ubuntu: apt-get install kubernetes-client")
 
     async def kubectl(*arguments: str, expect: int = 0, stdin: str = "") -> str:
         done = await asyncio.to_thread(

@@ -36,10 +36,6 @@ ACCOUNTS = ("gateway", "control-plane", "operator")
 STOP_SECONDS = 15.0
 MIB = 1024 * 1024
 
-needs_kubectl = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="kubectl is not on PATH: https://kubernetes.io/docs/tasks/tools/"
-)
-
 
 class Operator:
     """`redisgate operator` as a process of its own."""
@@ -91,6 +87,8 @@ class World:
 
     def kubectl(self, *arguments: str, text: str = "") -> str:
         """What it prints; fails if it does."""
+        if shutil.which("kubectl") is None:
+            pytest.fail("kubectl is not installed; Debian, Ubuntu: apt-get install kubernetes-client")
         command = ["kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, done.stderr + self.operator_log()
@@ -165,7 +163,6 @@ def gateway(world: World) -> Iterator[Gateway]:
     gateway.stop()
 
 
-@needs_kubectl
 def test_apply_one_resource_use_it_by_its_key_delete_it_and_nothing_is_left(world: World, gateway: Gateway) -> None:
     world.apply("cart", persistence={"size": "1Gi"}, memory={"evictionPolicy": "allkeys-lru"})
     wait_for(lambda: condition(world.cluster, "cart").get("status") == "True", 20, "RouteProgrammed")
@@ -188,7 +185,6 @@ def test_apply_one_resource_use_it_by_its_key_delete_it_and_nothing_is_left(worl
     wait_for(lambda: get(gateway.port, key["token"], "/get/color").status == 401, 1, "401")
 
 
-@needs_kubectl
 def test_suspended_it_keeps_its_data_and_a_rotated_password_needs_no_restart(world: World, gateway: Gateway) -> None:
     world.apply("notes", persistence={"size": "1Gi"})
     wait_for(lambda: world.ready("notes"), 20, "Ready")
