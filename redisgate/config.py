@@ -375,9 +375,7 @@ SETTINGS: tuple[Setting, ...] = (
         "",
         "OpenTelemetry collector (OTLP over HTTP), as http://127.0.0.1:4318; none: no traces",
     ),
-    Setting(
-        "trace_ratio", ratio, 0.01, "part of the requests that are traced, unless the client's traceparent decides"
-    ),
+    Setting("trace_ratio", ratio, 0.01, "part of the requests that are traced, unless a client that may decides"),
     _limit("max_target_bytes", size, "longest request target, else 414"),
     _limit("max_header_bytes", size, "largest header block, else 431"),
     _limit("max_body_bytes", size, "largest request body, else 413"),

@@ -93,7 +93,7 @@ class Exchange(Waiter):
         limiter = self._limiter
         if limiter is not None and limiter.cell is not None:
             limiter.cell.answered(nanos, status, size)
-        trace_id: bytes = self._head.trace_id if self.trace is None else self.trace.trace_id
+        trace_id: bytes = b"" if self.trace is None else self.trace.trace_id
         counters.answered(self.route, self._method, status, nanos, size, self.series, self.instance, trace_id)
 
     # Answers from here

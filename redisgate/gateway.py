@@ -272,6 +272,13 @@ class Gateway:
         if refusal is not None:
             exchange.error(refusal.status, refusal.line, refusal.headers)
 
+    def trusts(self, connection: HttpConnection, target: bytes, head: Head) -> bool:
+        """Whether a request has a credential that is known here, or comes from a trusted proxy."""
+        credential, _ = self._credential(target, head)
+        if credential and self._access.lookup(credential) is not None:
+            return True
+        return self._peers.trusts(connection)
+
     @staticmethod
     def _credential(target: bytes, head: Head) -> tuple[bytes, bool]:
         """The credential of a request, or nothing, and whether it stood in the header."""

@@ -60,10 +60,19 @@ class Peers:
         """Networks in CIDR notation whose X-Forwarded-For is believed."""
         self._trusted = tuple(ip_network(network) for network in trusted_proxies)
 
+    def trusts(self, connection: HttpConnection) -> bool:
+        """Whether who speaks to us directly is a trusted proxy."""
+        peer = self._peer(connection)
+        return peer is not None and any(peer in network for network in self._trusted)
+
+    @staticmethod
+    def _peer(connection: HttpConnection) -> IpAddress | None:
+        name = connection.transport.get_extra_info("peername")
+        return parse_address(f"[{name[0]}]") if isinstance(name, tuple) and name else None
+
     def client(self, connection: HttpConnection, head: Head) -> IpAddress | None:
         """Who sent a request; None: it cannot be told."""
-        name = connection.transport.get_extra_info("peername")
-        peer = parse_address(f"[{name[0]}]") if isinstance(name, tuple) and name else None
+        peer = self._peer(connection)
         if peer is None or not self._trusted:
             return peer
         forwarded = b",".join(_FORWARDED_FOR.findall(head.start + b"\r\n" + head.tail)).decode("latin-1")

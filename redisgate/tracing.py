@@ -1,10 +1,14 @@
 """Traces by OpenTelemetry, exported as OTLP over HTTP: the extra `tracing`.
 
 Stands before the gateway where `trace_endpoint` is set; without it nothing of
-this runs or is loaded. A request is traced when the client's traceparent says
-so, or by lot: then it has a span of its own, one for Redis, and one for each
-SQL statement it led to. Spans leave by a thread of the library, from a queue
-that drops what does not fit.
+this runs or is loaded. A request is traced when its traceparent says so, or by
+lot: then it has a span of its own, one for Redis, and one for each SQL
+statement it led to. Spans leave by a thread of the library, from a queue that
+drops what does not fit.
+
+A trace costs several times what a command does, so not everybody may ask for
+one: whose credential is known may, and who comes by a trusted proxy, and all
+of them together `MAX_WANTED_TRACES` times a second. Others are left to the lot.
 
     https://www.w3.org/TR/trace-context/
     https://opentelemetry.io/docs/specs/semconv/http/http-spans/
@@ -18,7 +22,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +45,8 @@ EXPORT_TIMEOUT: Final = 5.0
 """For the collector to take one."""
 STOP_SECONDS: Final = 2.0
 """For the last spans to leave when a worker stops."""
+MAX_WANTED_TRACES: Final = 100
+"""Of one worker in a second because clients want them; beyond it the lot decides."""
 MAX_QUERY_LENGTH: Final = 1000
 """Characters of a statement that its span shows; it has no values, since those are parameters."""
 
@@ -150,13 +156,24 @@ class Tracing:
     See `redisgate.http_protocol.Handler` and `AccessLog`: all answers leave the way that this hears of.
     """
 
-    def __init__(self, handler: "Handler", access_log: "AccessLog | None", settings: Settings, who: str) -> None:
+    def __init__(
+        self,
+        handler: "Handler",
+        access_log: "AccessLog | None",
+        settings: Settings,
+        who: str,
+        trusts: Callable[["HttpConnection", bytes, "Head"], bool],
+    ) -> None:
+        """`trusts` says whether the sender of a request (its target, its head) may want it traced."""
         from opentelemetry import trace
 
         self._provider = _start_provider(settings, who)
         self._api = trace
         self._handler = handler
         self._access_log = access_log
+        self._trusts = trusts
+        self._wanted = 0  # traces that clients wanted and got in this second
+        self._second = 0
         self._ratio = settings.trace_ratio
         self._scheme = "https" if settings.tls_cert_file else "http"
 
@@ -166,8 +183,7 @@ class Tracing:
         self._handler.prepare(head)
 
     def handle(self, connection: "HttpConnection", method: bytes, target: bytes, head: "Head", body: bytes) -> None:
-        traceparent = head.traceparent
-        chosen = traceparent[-1] in b"13579bdf" if traceparent else random.random() < self._ratio
+        chosen = self._chosen(connection, target, head)
         connection.trace = found = self._begin(connection, method, target, head) if chosen else None
         token = _CURRENT.set(found)
         try:
@@ -175,6 +191,23 @@ class Tracing:
         finally:
             _CURRENT.reset(token)
             connection.trace = None
+
+    def _chosen(self, connection: "HttpConnection", target: bytes, head: "Head") -> bool:
+        if head.traceparent:
+            if head.traceparent[-1] not in b"13579bdf":
+                return False  # its sender knows that nobody wants it
+            if self._may_want(connection, target, head):
+                return True
+        return random.random() < self._ratio
+
+    def _may_want(self, connection: "HttpConnection", target: bytes, head: "Head") -> bool:
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._wanted = second, 0
+        if self._wanted >= MAX_WANTED_TRACES or not self._trusts(connection, target, head):
+            return False
+        self._wanted += 1
+        return True
 
     def _begin(self, connection: "HttpConnection", method: bytes, target: bytes, head: "Head") -> Trace:
         api = self._api

@@ -94,7 +94,7 @@ def trace(http: HttpServer, gateway: Gateway, settings: Settings, index: int) ->
     # Not imported otherwise: the library takes its time and its memory.
     from redisgate.tracing import Tracing
 
-    tracing = Tracing(http.gateway, http.access_log, settings, f"worker {index}")
+    tracing = Tracing(http.gateway, http.access_log, settings, f"worker {index}", gateway.trusts)
     http.gateway, http.access_log = tracing, tracing
     http.heads = ResponseHeads(secrets.token_hex(6).encode(), remember=False)
     gateway.on_submit = tracing.submitted

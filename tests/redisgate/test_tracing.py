@@ -1,17 +1,21 @@
 """Traces, as a collector gets them: a receiver that speaks OTLP over HTTP, and the spans that reach it."""
 
+import itertools
+import time
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from redisgate import tracing
 from redisgate.config import ConfigError, Settings
 from tests.http import Client
-from tests.observing import CLIENT, SERVER, Collector
-from tests.servers import Gateway, RedisServer, single_instance, wait_for
+from tests.observing import CLIENT, OPENMETRICS, SERVER, Collector, Scraped
+from tests.servers import Gateway, RedisServer, free_port, single_instance, wait_for
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-SAMPLED, NOT_SAMPLED = f"00-{TRACE}-{PARENT}-01", f"00-{TRACE}-{PARENT}-00"
+SAMPLED = f"00-{TRACE}-{PARENT}-01"
+METRICS_PORT = free_port()
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +27,9 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def traced(redis_server: RedisServer, collector: Collector) -> Iterator[Gateway]:
-    """Traces what the client's traceparent says, and nothing else."""
+    """Traces what the client's traceparent says, and nothing else; has metrics."""
     arguments = ["--workers", "1", "--trace-endpoint", collector.url, "--trace-ratio", "0"]
+    arguments += ["--metrics-port", str(METRICS_PORT)]
     gateway = Gateway(single_instance(redis_server), arguments)
     yield gateway
     gateway.stop()
@@ -102,6 +107,74 @@ def test_what_the_client_does_not_want_traced_is_not(traced: Gateway, collector:
         client.get("/ping", traceparent=header)
     wait_for(lambda: collector.of(last), what="a later span")
     assert not collector.of(trace_id)
+
+
+def test_nobody_without_a_credential_has_requests_traced(traced: Gateway, collector: Collector) -> None:
+    refused = [_fresh(number) for number in range(40, 43)]
+    with Client(traced.port, token="wrong") as client:
+        assert client.get("/ping", traceparent=refused[0][1]).status == 401
+        assert client.get("/health", traceparent=refused[1][1]).status == 200
+    with Client(traced.port, token=None) as client:
+        assert client.get("/ping?_token=wrong", traceparent=refused[2][1]).status == 401
+        last, header = _fresh(43)
+        assert client.get("/ping?_token=token", traceparent=header).status == 200
+    wait_for(lambda: collector.of(last), what="the span of who may")
+    assert [collector.of(trace_id) for trace_id, _ in refused] == [[]] * 3
+
+
+def test_a_trusted_proxy_has_requests_traced(redis_server: RedisServer, collector: Collector) -> None:
+    arguments = ["--workers", "1", "--trace-endpoint", collector.url, "--trace-ratio", "0"]
+    gateway = Gateway(single_instance(redis_server, REDISGATE_TRUSTED_PROXIES="127.0.0.0/8"), arguments)
+    try:
+        trace_id, header = _fresh(50)
+        with Client(gateway.port, token="wrong") as client:
+            assert client.get("/ping", traceparent=header).status == 401
+        wait_for(lambda: collector.of(trace_id), what="the span")
+    finally:
+        gateway.stop()
+
+
+def test_clients_have_so_many_requests_traced_in_a_second_and_no_more(traced: Gateway, collector: Collector) -> None:
+    rounds = 3 * tracing.MAX_WANTED_TRACES
+    began = time.monotonic()
+    with Client(traced.port) as client:
+        for number in range(1000, 1000 + rounds):
+            client.send("GET", "/ping", headers={"traceparent": _fresh(number)[1]})
+        assert [client.read().status for _ in range(rounds)] == [200] * rounds
+        seconds = int(time.monotonic() - began) + 2  # that the requests may have touched
+        _wait_for_the_next_second(client, collector)
+    found = sum(bool(collector.of(_fresh(number)[0])) for number in range(1000, 1000 + rounds))
+    assert 0 < found <= seconds * tracing.MAX_WANTED_TRACES
+    if seconds == 2:
+        assert found < rounds
+
+
+def _wait_for_the_next_second(client: Client, collector: Collector) -> None:
+    """Until a request is traced again: all spans before it have left by then."""
+    numbers = itertools.count(10_000)
+
+    def traced_again() -> bool:
+        trace_id, header = _fresh(next(numbers))
+        client.get("/ping", traceparent=header)
+        return any(collector.of(_fresh(number)[0]) for number in range(10_000, int(trace_id, 16)))
+
+    wait_for(traced_again, what="a span of the next second")
+
+
+def test_an_exemplar_names_a_trace_that_there_is(traced: Gateway, collector: Collector) -> None:
+    shown = Scraped(METRICS_PORT)
+    with Client(traced.port) as client:
+        trace_id, header = _fresh(60)
+
+        def named() -> bool:
+            client.get("/get/exemplar", traceparent=header)
+            return trace_id in shown.get("/metrics", OPENMETRICS)[0]
+
+        wait_for(named, what="the exemplar")
+    families = {family.name: family for family in text_string_to_metric_families(shown.get("/metrics", OPENMETRICS)[0])}
+    samples = families["redisgate_command_duration_seconds"].samples
+    assert {"trace_id": trace_id} in [sample.exemplar.labels for sample in samples if sample.exemplar is not None]
+    wait_for(lambda: collector.of(trace_id), what="its spans")
 
 
 def test_a_trace_that_begins_here_is_told_to_the_client(redis_server: RedisServer, collector: Collector) -> None:
