@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import re
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -190,13 +191,15 @@ class Operator:
 
     def _heard_of_instance(self, kind: str, item: Object, before: Object | None) -> None:
         key, uid = key_of(item), item["metadata"]["uid"]
+        self._queue.add(key)
         hosts: list[str] = []
         if kind == DELETED:
             self._told.pop(uid, None)
         else:
             with contextlib.suppress(SpecError):
                 instance = read_instance(item)
-                hosts = [*instance.spec.gateway.hosts, f"{instance.label}.{self._settings.base_domain}"]
+                own = f"{instance.label}.{self._settings.base_domain}"
+                hosts = list(dict.fromkeys((*instance.spec.gateway.hosts, own)))
         former = self._claimed.pop(key, [])
         for host in former:
             claims = self._claims[host]
@@ -210,7 +213,6 @@ class Operator:
         for host in set(former) ^ set(hosts):
             for _, _, other in self._claims.get(host, {}).values():
                 self._queue.add(other)
-        self._queue.add(key)
 
     def _heard_of_child(self, kind: str, item: Object, before: Object | None) -> None:
         labels = item["metadata"].get("labels") or {}
@@ -226,7 +228,18 @@ class Operator:
             self._queue.add((labels.get(NAMESPACE_LABEL, ""), labels[NAME_LABEL]))
 
     def _all_of(self, instance: Instance, resource: Resource) -> list[Object]:
-        return [item for (kind, _), item in self._owned.get(instance.uid, {}).items() if kind == resource]
+        """What there is of an instance. Anybody can write its labels on an object of their own: ours have their place
+        and name too."""
+        return [
+            item
+            for (kind, _), item in self._owned.get(instance.uid, {}).items()
+            if kind == resource and planning.is_made_for(instance, item)
+        ]
+
+    def _known_logins(self, instance: Instance) -> list[Login]:
+        """The newest first."""
+        found = [_login_of(secret) for secret in self._all_of(instance, SECRETS) if _is_login(secret)]
+        return sorted((login for login in found if login is not None), key=lambda login: -login.generation)
 
     # One reconciliation
 
@@ -247,6 +260,9 @@ class Operator:
             instance = read_instance(item)
         try:
             return await self._bring_about(item, instance)
+        except SpecError as error:
+            await self._write_refusal(item, Problem("Ready", "InvalidSpec", str(error)))
+            return None
         except (NotOwned, BeingDeleted) as error:
             reason = "NameTaken" if isinstance(error, NotOwned) else "WaitingForDeletion"
             await self._write_refusal(item, Problem("Ready", reason, str(error)))
@@ -401,14 +417,14 @@ class Operator:
         auth = instance.spec.auth
         given = await self._given_password(instance, problems)
         given_missing = auth.existing_secret is not None and given is None
-        known = sorted(
-            (_login_of(secret) for secret in self._all_of(instance, SECRETS) if _is_login(secret)),
-            key=lambda login: -login.generation,
-        )
+        known = self._known_logins(instance)
         if not known:
             if given_missing:
                 return (), [], None
-            known = [await self._new_login(instance, 1, given)]
+            first = await self._new_login(instance, 1, given, problems)
+            if first is None:
+                return (), [], None
+            known = [first]
         current, age = known[0], _age(known[0].created)
         trigger = auth.rotation.trigger or ""
         every = seconds(auth.rotation.every, "spec.auth.rotation.every") if auth.rotation.every else None
@@ -417,10 +433,12 @@ class Operator:
             or (auth.existing_secret is None and every is not None and age >= every)
             or (auth.existing_secret is None and trigger and trigger != self._trigger(instance, current))
         ):
-            current = await self._new_login(instance, current.generation + 1, given)
-            known.insert(0, current)
-            age = 0.0
-            await self._event(instance, "Normal", "CredentialsRotated", f"generation {current.generation} is in use")
+            newer = await self._new_login(instance, current.generation + 1, given, problems)
+            if newer is not None:
+                current, age = newer, 0.0
+                known.insert(0, newer)
+                text = f"generation {newer.generation} is in use"
+                await self._event(instance, "Normal", "CredentialsRotated", text)
         overlap = seconds(auth.rotation.overlap, "spec.auth.rotation.overlap")
         good = known[:2] if age < overlap else known[:1]
         waits = []
@@ -449,8 +467,11 @@ class Operator:
         annotations = secret.get("metadata", {}).get("annotations") or {}
         return str(annotations.get("redisgate.io/trigger", instance.spec.auth.rotation.trigger or ""))
 
-    async def _new_login(self, instance: Instance, generation: int, given: str | None) -> Login:
-        """Made by POST alone: of two operators, or one that was killed, the first one's stays."""
+    async def _new_login(
+        self, instance: Instance, generation: int, given: str | None, problems: list[Problem]
+    ) -> Login | None:
+        """Made by POST alone: of two operators, or one that was killed, the first one's stays. None, and a problem:
+        what is there in its place is no login."""
         secret = planning.login_secret(
             instance,
             generation,
@@ -458,7 +479,12 @@ class Operator:
             secrets.token_urlsafe(TOKEN_BYTES),
             instance.spec.auth.rotation.trigger or "",
         )
-        return _login_of(await self._applier.create(secret, instance.uid))
+        login = _login_of(await self._applier.create(secret, instance.uid))
+        if login is None:
+            name = planning.login_name(instance, generation)
+            text = f"Secret {name} has not both of the keys `password` and `admin-password`: delete it"
+            problems.append(Problem("CredentialsReady", "LoginBroken", text))
+        return login
 
     async def _keys(self, instance: Instance, hosts: tuple[str, ...]) -> dict[str, str]:
         """The API keys: made once, then whatever stands in the Secret. Only its address follows the resource."""
@@ -618,10 +644,11 @@ class Operator:
                 text = "BackupThenDelete needs a running Redis: resume it, or set deletionPolicy to Delete or Retain"
                 await self._write_refusal(item, Problem("Ready", "FinalBackupImpossible", text))
                 return False
-            logins = sorted(
-                (_login_of(secret) for secret in self._all_of(instance, SECRETS) if _is_login(secret)),
-                key=lambda login: -login.generation,
-            )
+            logins = self._known_logins(instance)
+            if not logins:
+                text = "there is no password for it: set deletionPolicy to Delete or Retain"
+                await self._write_refusal(item, Problem("Ready", "FinalBackupImpossible", text))
+                return False
             tls = await self._get(SECRETS, planning.tls_secret_name(instance) or "-", home(instance)) or {}
             observed = Observed(logins=tuple(logins), tls_ca=decode(tls).get("ca.crt"), address=self._address(instance))
             await self._applier.create(planning.final_backup(instance, self._settings, observed), instance.uid)
@@ -798,10 +825,14 @@ def _is_login(secret: Object) -> bool:
     return (secret["metadata"].get("labels") or {}).get(planning.COMPONENT_LABEL) == "login"
 
 
-def _login_of(secret: Object) -> Login:
+def _login_of(secret: Object) -> Login | None:
+    """None: people have changed it, and it is none any more."""
     metadata, data = secret["metadata"], decode(secret)
+    generation = (metadata.get("labels") or {}).get("redisgate.io/generation", "")
+    if not re.fullmatch("[0-9]{1,9}", generation) or not data.get("password") or not data.get("admin-password"):
+        return None
     return Login(
-        generation=int(metadata["labels"]["redisgate.io/generation"]),
+        generation=int(generation),
         secret_name=metadata["name"],
         created=metadata["creationTimestamp"],
         password=data["password"],

@@ -59,6 +59,18 @@ LOAD_SECONDS: Final = 3600
 """For Redis to load its data after a start."""
 BACKUP_SECONDS: Final = 6 * 3600
 """For one backup; then its job is ended."""
+LEAST_KEY_LENGTH: Final = 32
+"""Characters of an API key, which somebody may have written: the SHA-256 of a short one tells it."""
+NEVER_ANNOTATIONS: Final = frozenset(
+    (
+        "external-dns.alpha.kubernetes.io/hostname",
+        "external-dns.alpha.kubernetes.io/target",
+        "cert-manager.io/alt-names",
+        "cert-manager.io/common-name",
+        "cert-manager.io/secret-template",
+    )
+)
+"""Whoever writes one of them has names of others, or Secrets of their own making beside the gateway."""
 CONFIG_DIR: Final = "/etc/redisgate"
 DATA_DIR: Final = "/data"
 TLS_DIR: Final = "/tls"
@@ -93,8 +105,10 @@ class OperatorSettings:
         default_factory=lambda: {"app.kubernetes.io/name": "redisgate", COMPONENT_LABEL: "operator"}
     )
     ingress_class: str | None = None
-    ingress_annotations: tuple[str, ...] = ("cert-manager.io/", "external-dns.alpha.kubernetes.io/")
-    """Beginnings of the annotations that a resource may give its Ingress, which lies in the gateway's namespace."""
+    ingress_annotations: frozenset[str] = frozenset()
+    """Annotations that a resource may give its Ingress, which lies in the gateway's namespace: whole keys."""
+    ingress_tls_secrets: frozenset[str] = frozenset()
+    """Secrets in the gateway's namespace whose certificates a resource may name for its hosts."""
     monitoring_namespace: str | None = None
     image: str = "redisgate/redisgate:latest"
     exporter_image: str = "oliver006/redis_exporter:v1.67.0"
@@ -178,6 +192,11 @@ def route_name(instance: Instance) -> str:
     return f"route-{instance.uid}"
 
 
+def ingress_tls_name(instance: Instance) -> str:
+    """Of the Secret into which cert-manager writes the certificate of its hosts, in the gateway's namespace."""
+    return f"{route_name(instance)}-tls"
+
+
 def login_name(instance: Instance, generation: int) -> str:
     """Of the Secret with the passwords of one generation."""
     return f"{instance.name}-auth-{generation}"
@@ -237,6 +256,27 @@ def metadata_of(instance: Instance, name: str, namespace: str, component: str = 
             }
         ]
     return metadata
+
+
+def is_made_for(instance: Instance, item: Object) -> bool:
+    """Whether an object with the labels of an instance is where we make one, under the name that we give it and, beside
+    its resource, with the resource as its owner."""
+    metadata, kind = item["metadata"], item["kind"]
+    namespace, name = metadata.get("namespace", ""), metadata["name"]
+    labels = metadata.get("labels") or {}
+    if namespace != home(instance):
+        return False
+    if kind == "PersistentVolumeClaim":  # made by the controller of StatefulSets, kept when the resource goes
+        return name in claim_names(instance)
+    if kind == "Secret" and labels.get(COMPONENT_LABEL) == "login":
+        if name != login_name(instance, 0)[:-1] + str(labels.get("redisgate.io/generation")):
+            return False
+    elif not name.startswith(f"{instance.name}-") and name != instance.name:
+        return False
+    if kind == "Job":  # most are of the schedule of backups
+        return True
+    owners = [reference["uid"] for reference in metadata.get("ownerReferences") or ()]
+    return namespace != instance.namespace or instance.uid in owners
 
 
 def encode(data: Mapping[str, str]) -> dict[str, str]:
@@ -463,7 +503,7 @@ def _service(instance: Instance, namespace: str, *, headless: bool) -> Object:
 
 
 def image_of(instance: Instance) -> str:
-    """Of its engine."""
+    """The image of its server: the one it names, else the official one of its engine and version."""
     engine = instance.spec.engine
     if engine.image is not None:
         return engine.image
@@ -873,6 +913,16 @@ def _at_the_gateway(
         Problem("Degraded", "HostRefused", f"spec.gateway.hosts: {host}: {why}")
         for host, why in observed.refused_hosts.items()
     ]
+    short = [
+        key
+        for key, value in (("token", observed.token), ("readonly-token", observed.readonly_token))
+        if is_short(value)
+    ]
+    if short:
+        message = (
+            f"Secret {key_name(instance)}: {', '.join(short)}: an API key has {LEAST_KEY_LENGTH} characters or more"
+        )
+        problems.append(Problem("CredentialsReady", "KeyTooShort", message))
     if instance.spec.pods == 0 or not observed.logins:
         return [], [(SECRETS, namespace, name), (INGRESSES, namespace, name)], problems
     objects = [_route(instance, settings, observed)]
@@ -884,6 +934,11 @@ def _at_the_gateway(
     else:
         absent.append((INGRESSES, namespace, name))
     return objects, absent, problems
+
+
+def is_short(key: str) -> bool:
+    """Whether it is an API key, but none that may be used."""
+    return 0 < len(key) < LEAST_KEY_LENGTH
 
 
 def _route(instance: Instance, settings: OperatorSettings, observed: Observed) -> Object:
@@ -914,7 +969,7 @@ def _route(instance: Instance, settings: OperatorSettings, observed: Observed) -
         "tokens": [
             {"sha256": hashlib.sha256(token.encode()).hexdigest(), "scopes": scopes, "expires": None}
             for token, scopes in tokens
-            if token
+            if token and not is_short(token)
         ],
         "limits": limits,
         "generation": instance.generation,
@@ -935,16 +990,13 @@ def _ingress(instance: Instance, settings: OperatorSettings, hosts: tuple[str, .
     wanted = instance.spec.gateway.ingress
     size = min(instance.spec.gateway.max_request_bytes, settings.max_request_bytes)
     annotations = {"nginx.ingress.kubernetes.io/proxy-body-size": str(size)}
-    refused = []
-    for key, value in wanted.annotations.items():
-        if key.startswith(settings.ingress_annotations):
-            annotations[key] = value
-        else:
-            refused.append(key)
+    allowed = settings.ingress_annotations - NEVER_ANNOTATIONS
+    refused = [key for key in wanted.annotations if key not in allowed]
+    annotations |= {key: value for key, value in wanted.annotations.items() if key in allowed}
     problems = []
     if refused:
-        allowed = ", ".join(settings.ingress_annotations)
-        message = f"spec.gateway.ingress.annotations: {', '.join(refused)}: only those that begin with {allowed}"
+        message = f"spec.gateway.ingress.annotations: {', '.join(refused)}: the operator allows "
+        message += ", ".join(sorted(allowed)) or "none (--ingress-annotation)"
         problems.append(Problem("Degraded", "AnnotationRefused", message))
     service = {"name": settings.gateway_service, "port": {"number": settings.gateway_port}}
     path = {"path": "/", "pathType": "Prefix", "backend": {"service": service}}
@@ -953,7 +1005,15 @@ def _ingress(instance: Instance, settings: OperatorSettings, hosts: tuple[str, .
     if class_name is not None:
         spec["ingressClassName"] = class_name
     if wanted.tls_secret_name is not None:
-        spec["tls"] = [{"hosts": list(hosts), "secretName": wanted.tls_secret_name}]
+        # The Secret is beside the gateway: a name of theirs could be anybody's.
+        if wanted.tls_secret_name in settings.ingress_tls_secrets:
+            spec["tls"] = [{"hosts": list(hosts), "secretName": wanted.tls_secret_name}]
+        elif any(key.startswith("cert-manager.io/") for key in annotations):
+            spec["tls"] = [{"hosts": list(hosts), "secretName": ingress_tls_name(instance)}]
+        else:
+            message = f"spec.gateway.ingress.tlsSecretName: {wanted.tls_secret_name}: the operator allows "
+            message += ", ".join(sorted(settings.ingress_tls_secrets)) or "none (--ingress-tls-secret)"
+            problems.append(Problem("Degraded", "TlsSecretRefused", message))
     metadata = metadata_of(instance, route_name(instance), settings.gateway_namespace, "route")
     metadata["annotations"] = annotations
     return {"apiVersion": "networking.k8s.io/v1", "kind": "Ingress", "metadata": metadata, "spec": spec}, problems

@@ -149,7 +149,7 @@ def _structural(value: Any, schema: Object, old: Any, path: str) -> Iterator[str
     if schema.get("x-kubernetes-int-or-string"):
         if not isinstance(value, int | str) or isinstance(value, bool):
             yield f'{path}: Invalid value: "{_type_name(value)}": {path} in body must be of type integer,string'
-        return
+            return
     if kind is not None:
         wrong = not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean")
         if wrong:

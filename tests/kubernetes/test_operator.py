@@ -23,6 +23,7 @@ import yaml
 import control.kubernetes.operator as operators
 from control.kubernetes.commands import manifests
 from control.kubernetes.plan import OperatorSettings
+from control.kubernetes.spec import SpecError
 from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.kubelet import Kubelet
 from tests.kubernetes.operators import RunningOperator
@@ -591,6 +592,72 @@ def test_a_lost_password_is_said_and_what_to_do(shop: Shop, operator: RunningOpe
     shop.cluster.delete("Secret", shop.name, "cache-auth-1")
     problem = shop.wait("CredentialsReady", "False", "LoginLost")
     assert "Delete pod cache-0" in problem["message"]
+
+
+def forged(instance: Object, namespace: str, generation: str, **data: str) -> Object:
+    """What somebody who may make Secrets in a namespace can do."""
+    labels = {
+        "app.kubernetes.io/managed-by": "redisgate-operator",
+        "app.kubernetes.io/component": "login",
+        "redisgate.io/instance-uid": uid_of(instance),
+        "redisgate.io/instance-name": instance["metadata"]["name"],
+        "redisgate.io/instance-namespace": instance["metadata"]["namespace"],
+        "redisgate.io/generation": generation,
+    }
+    metadata = {"name": f"cache-auth-{generation}", "namespace": namespace, "labels": labels}
+    encoded = {key: base64.b64encode(value.encode()).decode() for key, value in data.items()}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": encoded}
+
+
+@pytest.mark.parametrize("generation", ["999", "x"])
+@pytest.mark.parametrize("beside", [False, True], ids=["elsewhere", "beside"])
+def test_nobody_takes_an_instance_over_by_its_labels(
+    shop: Shop, operator: RunningOperator, beside: bool, generation: str
+) -> None:
+    victim = shop.declare()
+    shop.wait()
+    before = shop.secret("cache-auth-1")
+    namespace = shop.name if beside else Shop(shop.cluster).name
+    passwords = {"password": "theirs", "admin-password": "theirs"} if generation == "999" else {}
+    shop.cluster.create(forged(victim, namespace, generation, **passwords))
+    shop.change(memory={"evictionPolicy": "allkeys-lru"})
+    shop.wait()
+    wait_for(lambda: "allkeys-lru" in shop.secret("cache-config")["redis.conf"], SECONDS)
+    assert (shop.route() or {})["password"] == before["password"]
+    assert ((shop.get() or {})["status"]["credentials"])["generation"] == 1
+
+
+def test_a_login_without_passwords_is_said(shop: Shop, operator: RunningOperator) -> None:
+    shop.declare()
+    shop.wait()
+    shop.cluster.edit("Secret", shop.name, "cache-auth-1", lambda secret: secret.update(data={}))
+    problem = shop.wait(status="False", reason="LoginBroken")
+    assert "Secret cache-auth-1 has not both of the keys" in problem["message"]
+
+
+def test_an_instance_that_names_its_own_host_is_heard(shop: Shop, operator: RunningOperator) -> None:
+    shop.declare()
+    shop.wait()
+    host = (shop.get() or {})["status"]["endpoints"]["http"].removeprefix("https://")
+    for percent in ("allkeys-lru", "allkeys-lfu", "allkeys-random"):
+        shop.change(gateway={"hosts": [host]}, memory={"evictionPolicy": percent})
+        shop.wait()
+        wait_for(lambda percent=percent: percent in shop.secret("cache-config")["redis.conf"], SECONDS)
+    assert (shop.route() or {})["hosts"] == [host]
+    shop.delete()
+    wait_for(lambda: shop.get() is None, SECONDS)
+
+
+def test_a_specification_that_the_definition_let_through_is_refused_in_the_status(
+    shop: Shop, operator: RunningOperator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object) -> float:
+        raise SpecError("spec.auth.rotation.overlap: what a former definition let through")
+
+    monkeypatch.setattr(operators, "seconds", cannot)
+    shop.declare()
+    problem = shop.wait(status="False", reason="InvalidSpec")
+    assert problem["message"].startswith("spec.auth.rotation.overlap: ")
 
 
 def test_foreign_objects_are_left_alone(shop: Shop, operator: RunningOperator) -> None:
