@@ -38,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "baseDomain": "redis.example.com",
         "publicUrl": "https://redis.example.com",
         "secret": {"existingSecret": "redisgate-secrets"},
+        "controlPlane": {"enabled": True},
         "env": {"REDISGATE_LOG_FORMAT": "json", "REDISGATE_MAX_CONNECTIONS": 1000},
         "image": {"digest": "sha256:" + "0" * 64},
         "ingress": {
@@ -118,6 +119,9 @@ def test_what_it_makes_is_valid(values: dict[str, Any]) -> None:
         ({"env": {"log-level": "debug"}}, "log-level"),
         ({"ingress": {"enabled": True}}, "ingress.host"),
         ({"secret": {"create": False}}, "secret.existingSecret"),
+        ({"secret": {"databaseUrl": "postgresql://db/redisgate"}}, "controlPlane.enabled"),
+        ({"controlPlane": {"enabled": True}}, "secret.databaseUrl"),
+        ({"controlPlane": {"enabled": True}, "secret": {"existingSecret": "one", "optional": True}}, "secret.optional"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(values: dict[str, Any], said: str) -> None:
@@ -167,7 +171,13 @@ def test_the_ingress_has_the_dashboards_name_and_every_instances() -> None:
 
 
 def test_no_secret_is_in_the_pods() -> None:
-    made = objects({"secret": {"databaseUrl": "postgresql://redisgate:topsecret@db/redisgate"}})
+    made = objects(
+        {
+            "controlPlane": {"enabled": True},
+            "secret": {"databaseUrl": "postgresql://redisgate:topsecret@db/redisgate"},
+        }
+    )
+    assert "Job" in {one["kind"] for one in made}
     for one in made:
         if one["kind"] != "Secret":
             assert "topsecret" not in json.dumps(one)
@@ -178,7 +188,7 @@ RULES = ROOT / "deploy" / "rbac"
 
 @pytest.mark.parametrize("component", ["gateway", "control-plane", "operator"])
 def test_the_charts_rights_are_those_that_components_are_tested_with(component: str) -> None:
-    made = objects({})
+    made = objects(SETTINGS["everything"])
     for tested in yaml.safe_load_all((RULES / f"{component}.yaml").read_text()):
         if tested["kind"] not in ("Role", "ClusterRole"):
             continue
@@ -188,6 +198,18 @@ def test_the_charts_rights_are_those_that_components_are_tested_with(component: 
         account = "redisgate-operator" if component == "operator" else "redisgate-gateway"
         assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account, "namespace": "redisgate"}]
         assert binding["roleRef"]["name"] == name
+
+
+@pytest.mark.parametrize("values", [{}, SETTINGS["gateway only"]], ids=["defaults", "gateway only"])
+def test_a_gateway_without_a_control_plane_may_not_do_what_one_may(values: dict[str, Any]) -> None:
+    """It listens to the internet; rights that it has no use for would be an attacker's."""
+    made = objects(values)
+    assert not [one for one in made if one["metadata"]["name"].endswith("-control-plane")]
+    mine = [one["roleRef"]["name"] for one in made if one.get("subjects", [{}])[0].get("name") == "redisgate-gateway"]
+    granted = [rule for one in made if one["metadata"]["name"] in mine for rule in one.get("rules", ())]
+    assert all("create" not in rule["verbs"] or rule["resources"] == ["leases"] for rule in granted)
+    environ = find(made, "Deployment", "redisgate-gateway")["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert not [variable["name"] for variable in environ if "DATABASE" in variable["name"]]
 
 
 def test_what_the_operator_lets_in_is_the_gateway() -> None:
@@ -226,14 +248,42 @@ def test_the_definition_of_instances_is_the_packages_and_stays_when_the_release_
     assert definition["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
+MANIFESTS = ROOT / "deploy" / "manifests.py"
+
+
+def manifests(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(MANIFESTS), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
 def test_plain_manifests_are_what_the_chart_makes(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "deploy" / "manifests.py", tmp_path / "k8s"], capture_output=True, text=True, timeout=60
-    )
+    done = manifests(tmp_path / "k8s")
     assert done.returncode == 0, done.stderr
     made = {file.name: file.read_text() for file in (tmp_path / "k8s").iterdir()}
     assert made == {file.name: file.read_text() for file in (ROOT / "k8s").iterdir()}, "make manifests"
     assert "randAlphaNum" not in str(made)
+    assert "control-plane" not in str(made)
     kinds = [document["kind"] for text in made.values() for document in yaml.safe_load_all(text) if document]
     assert "Secret" not in kinds
     assert kinds.count("Deployment") == 2
+
+
+def test_plain_manifests_with_an_image_and_a_control_plane_replace_those_of_before(tmp_path: Path) -> None:
+    assert manifests(tmp_path / "k8s").returncode == 0
+    done = manifests(tmp_path / "k8s", "--image", "127.0.0.1:5000/me/redisgate:0.1.0", "--control-plane")
+    assert done.returncode == 0, done.stderr
+    files = (tmp_path / "k8s").iterdir()
+    made = [one for file in files for one in yaml.safe_load_all(file.read_text()) if one]
+    images = [one["spec"]["template"]["spec"]["containers"][0]["image"] for one in made if one["kind"] == "Deployment"]
+    assert images == ["127.0.0.1:5000/me/redisgate:0.1.0"] * 2
+    assert find(made, "ClusterRoleBinding", "redisgate-redisgate-control-plane")
+
+
+def test_plain_manifests_take_nothing_away_that_they_did_not_make(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("kind: Secret\n")
+    (tmp_path / "00-namespace.yaml").write_text((ROOT / "k8s" / "00-namespace.yaml").read_text())
+    done = manifests(tmp_path)
+    assert done.returncode == 1
+    assert "mine.yaml" in done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00-namespace.yaml", "mine.yaml"]
+    assert manifests(tmp_path, "--no-such").returncode == 2

@@ -58,8 +58,14 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* A variable from the Secret; those of the database may be absent: a gateway without accounts */}}
+{{/* Variables from the Secret; those of the database only for a control plane, which may do more in the cluster, too */}}
 {{- define "redisgate.secretEnv" -}}
+{{- if and .Values.controlPlane.enabled .Values.secret.optional -}}
+{{- fail "secret.optional is for a gateway without a database: with controlPlane.enabled all pods need the same secret-key" -}}
+{{- end -}}
+{{- if and .Values.secret.create (not .Values.secret.existingSecret) (ne .Values.controlPlane.enabled (ne .Values.secret.databaseUrl "")) -}}
+{{- fail "secret.databaseUrl and controlPlane.enabled go together" -}}
+{{- end -}}
 - name: REDISGATE_SECRET_KEY
   valueFrom:
     secretKeyRef:
@@ -68,13 +74,20 @@ capabilities:
       {{- if .Values.secret.optional }}
       optional: true
       {{- end }}
-{{- range $variable, $key := dict "REDISGATE_DATABASE_URL" "database-url" "REDISGATE_DATABASE_DIRECT_URL" "database-direct-url" "REDISGATE_ENCRYPTION_KEYS" "encryption-keys" "REDISGATE_AUDIT_KEY" "audit-key" }}
+{{- if .Values.controlPlane.enabled }}
+- name: REDISGATE_DATABASE_URL
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "redisgate.secretName" . }}
+      key: database-url
+{{- range $variable, $key := dict "REDISGATE_DATABASE_DIRECT_URL" "database-direct-url" "REDISGATE_ENCRYPTION_KEYS" "encryption-keys" "REDISGATE_AUDIT_KEY" "audit-key" }}
 - name: {{ $variable }}
   valueFrom:
     secretKeyRef:
       name: {{ include "redisgate.secretName" $ }}
       key: {{ $key }}
       optional: true
+{{- end }}
 {{- end }}
 {{- end -}}
 
