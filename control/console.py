@@ -28,6 +28,8 @@ MAX_PER_PERSON: Final = 4
 """Requests of one person to the console under way in one worker; more are told to come again."""
 MAX_COMMANDS: Final = 1000
 """In one request."""
+MAX_LINE_CHARACTERS: Final = 64 * 1024
+"""Of one command as it is typed."""
 MAX_SHOWN_BYTES: Final = 256 * 1024
 """Of the replies to one request; what is beyond is not shown."""
 MAX_SHOWN_VALUES: Final = 10_000
@@ -70,30 +72,37 @@ class LineError(ValueError):
 _ESCAPES: Final = {"n": b"\n", "r": b"\r", "t": b"\t", "b": b"\b", "a": b"\a"}
 
 
+_SPACE: Final = re.compile(r"\s*")
+_PLAIN: Final = re.compile(r"[^\s\"']+")
+_WITHIN: Final = {'"': re.compile(r'[^"\\]+'), "'": re.compile(r"[^'\\]+")}
+
+
 def split_line(line: str) -> Argv:
     """A line as redis-cli reads it: words, "with \\n and \\x00 escapes", 'as it is'. Raises LineError."""
+    if len(line) > MAX_LINE_CHARACTERS:
+        raise LineError(f"it has {len(line)} characters, of which {MAX_LINE_CHARACTERS} are taken")
     argv: Argv = []
-    at, end = 0, len(line)
-    while True:
-        while at < end and line[at].isspace():
-            at += 1
-        if at == end:
-            return argv
+    at = _after(_SPACE, line, 0)
+    while at < len(line):
         word = bytearray()
-        if line[at] in "\"'":
-            at = _quoted(line, at, word)
-            if at < end and not line[at].isspace():
-                raise LineError("after a closing quote comes a space")
-        else:
-            while at < end and not line[at].isspace():
-                if line[at] in "\"'":
-                    at = _quoted(line, at, word)
-                    if at < end and not line[at].isspace():
-                        raise LineError("after a closing quote comes a space")
-                else:
-                    word += line[at].encode("utf-8", "surrogatepass")
-                    at += 1
+        while at < len(line) and not line[at].isspace():
+            if line[at] in "\"'":
+                at = _quoted(line, at, word)
+                if at < len(line) and not line[at].isspace():
+                    raise LineError("after a closing quote comes a space")
+            else:
+                end = _after(_PLAIN, line, at)
+                word += line[at:end].encode("utf-8", "surrogatepass")
+                at = end
         argv.append(bytes(word))
+        at = _after(_SPACE, line, at)
+    return argv
+
+
+def _after(pattern: re.Pattern[str], line: str, at: int) -> int:
+    """Where what the pattern matches from `at` on ends."""
+    found = pattern.match(line, at)
+    return at if found is None else found.end()
 
 
 def _quoted(line: str, at: int, word: bytearray) -> int:
@@ -101,11 +110,14 @@ def _quoted(line: str, at: int, word: bytearray) -> int:
     quote = line[at]
     at += 1
     while at < len(line):
-        char = line[at]
-        at += 1
+        end = _after(_WITHIN[quote], line, at)
+        word += line[at:end].encode("utf-8", "surrogatepass")
+        if end == len(line):
+            break
+        char, at = line[end], end + 1
         if char == quote:
             return at
-        if char == "\\" and at < len(line):
+        if at < len(line):
             if quote == "'":
                 if line[at] == "'":
                     word += b"'"
@@ -119,7 +131,7 @@ def _quoted(line: str, at: int, word: bytearray) -> int:
                 word += _ESCAPES.get(line[at]) or line[at].encode("utf-8", "surrogatepass")
                 at += 1
                 continue
-        word += char.encode("utf-8", "surrogatepass")
+        word += b"\\"
     raise LineError(f"a closing {quote} is missing")
 
 
@@ -127,12 +139,14 @@ def split_lines(text: str) -> list[Argv]:
     """The commands of pasted lines, one a line. Raises BadRequest, which names the line."""
     commands: list[Argv] = []
     for number, line in enumerate(text.split("\n"), 1):
+        if not line or line.isspace():
+            continue
+        if len(commands) == MAX_COMMANDS:
+            raise BadRequest(f"more than {MAX_COMMANDS} commands; so many are run at once. Nothing was run")
         try:
-            argv = split_line(line)
+            commands.append(split_line(line))
         except LineError as error:
             raise BadRequest(f"line {number} cannot be read: {error}; nothing was run") from error
-        if argv:
-            commands.append(argv)
     return commands
 
 
@@ -190,8 +204,6 @@ class Desk:
 
         Returns the replies, as `read_replies` gives them. Raises ApiError.
         """
-        if len(commands) > MAX_COMMANDS:
-            raise BadRequest(f"{len(commands)} commands; at most {MAX_COMMANDS} are run at once. Nothing was run")
         with _replying():
             outcomes = await self._checked(commands)
         to_send = [outcome for outcome in outcomes if not isinstance(outcome, bytes)]

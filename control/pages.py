@@ -61,6 +61,9 @@ LANGUAGES: Final[dict[str, str]] = {"en": "English", "vi": "Tiếng Việt"}
 MAX_FORM_FIELDS: Final = 1000
 """Of one form, else 400."""
 MAX_FORM_BYTES: Final = http.MAX_BODY_BYTES
+"""Of a form's text, else 413; only files may be larger, where a page takes files."""
+MAX_PART_HEAD_BYTES: Final = 4096
+"""Of what stands before the content of one field of a form with files, else 400."""
 FLASH_SECONDS: Final = 60
 """For which a message waits for the page that shows it."""
 MAX_SWITCHER: Final = 50
@@ -84,19 +87,26 @@ _Body = TypeVar("_Body", bound=msgspec.Struct)
 
 log = logging.getLogger(__name__)
 
+_TAKES_FILES: Final = "multipart/form-data"
+
 PAGES: Final[dict[tuple[str, str], Endpoint]] = {}
 """By path and method."""
 
 
-def page(method: str, path: str, *, permission: str) -> Callable[[SomeHandler], SomeHandler]:
-    """Make the decorated function answer `method` on `path`; permissions are those of `control.http.endpoint`."""
+def page(method: str, path: str, *, permission: str, files: bool = False) -> Callable[[SomeHandler], SomeHandler]:
+    """Make the decorated function answer `method` on `path`; permissions are those of `control.http.endpoint`.
+
+    With `files`, its form may carry some, as large as the gateway's own bound lets them be.
+    """
     if permission not in http.SPECIAL_PERMISSIONS and (permission not in PERMISSIONS or "{org_id}" not in path):
         raise ValueError(f"{method} {path}: {permission!r} is no permission for it")
 
     def register(handler: SomeHandler) -> SomeHandler:
         if (path, method) in PAGES:
             raise ValueError(f"{method} {path} is registered twice")
-        PAGES[path, method] = Endpoint(method, path, permission, handler, enveloped=False)
+        PAGES[path, method] = Endpoint(
+            method, path, permission, handler, enveloped=False, takes=_TAKES_FILES if files else ""
+        )
         return handler
 
     return register
@@ -489,7 +499,7 @@ async def _call(request: PageRequest) -> Response:
     if permission == "public":
         await _recognize(request)
     if request.raw.method == "POST":
-        request.form, request.files = await _read_form(request.raw)
+        request.form, request.files = await _read_form(request.raw, request.endpoint.takes == _TAKES_FILES)
     if permission != "public" and "authorization" in request.raw.headers:
         raise Unauthorized()  # programs have the API
     await http.admit(request)
@@ -513,17 +523,17 @@ async def _recognize(request: PageRequest) -> None:
             request.principal = found
 
 
-async def _read_form(request: Request) -> tuple[Form, dict[str, bytes]]:
+async def _read_form(request: Request, takes_files: bool) -> tuple[Form, dict[str, bytes]]:
     content_type = request.headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
     if kind not in ("application/x-www-form-urlencoded", "multipart/form-data", ""):
         return Form(), {}  # the page reads the body itself; the token is in a header, or it is refused
     body = await request.body()
+    if len(body) > MAX_FORM_BYTES and not (takes_files and kind == "multipart/form-data"):
+        raise _too_large(len(body))
     if kind == "multipart/form-data":
-        fields, files = read_multipart(body, content_type)  # as large as the gateway's own bound lets it be
+        fields, files = read_multipart(body, content_type)
     else:
-        if len(body) > MAX_FORM_BYTES:
-            raise ApiError(413, f"the form has {len(body)} bytes; at most {MAX_FORM_BYTES} are taken here")
         files = {}
         try:
             fields = parse_qsl(
@@ -536,20 +546,27 @@ async def _read_form(request: Request) -> tuple[Form, dict[str, bytes]]:
     return Form([(name, value.replace("\r\n", "\n")) for name, value in fields]), files
 
 
+def _too_large(size: int) -> ApiError:
+    return ApiError(413, f"the form has {size} bytes of text; at most {MAX_FORM_BYTES} are taken here")
+
+
 def read_multipart(body: bytes, content_type: str) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
     """The fields and files of a form with files (RFC 7578).
 
     Raises:
-        BadRequest: it is none.
+        ApiError: it is none, or its text is longer than `MAX_FORM_BYTES`.
     """
     boundary = re.search(r'boundary="?([^";,]{1,70})"?', content_type)
-    parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode()) if boundary is not None else []
+    parts = (b"\r\n" + body).split(b"\r\n--" + boundary[1].encode(), MAX_FORM_FIELDS) if boundary is not None else []
     if len(parts) < 2 or not parts[-1].startswith(b"--") or len(parts) > MAX_FORM_FIELDS:
         raise BadRequest("the form cannot be read: its parts are not complete")
     fields: list[tuple[str, str]] = []
     files: dict[str, bytes] = {}
+    text_bytes = 0
     for part in parts[1:-1]:
         head, found, content = part.partition(b"\r\n\r\n")
+        if len(head) > MAX_PART_HEAD_BYTES:
+            raise BadRequest("the form cannot be read: the head of a part of it is too long")
         text = head.decode("utf-8", "replace")
         name = re.search(r'(?im)^content-disposition:\s*form-data;.*?\bname="([^"\r\n]*)"', text)
         if not found or name is None:
@@ -557,6 +574,9 @@ def read_multipart(body: bytes, content_type: str) -> tuple[list[tuple[str, str]
         if re.search(r"(?i);\s*filename\*?=", text) is not None:
             files[name[1]] = content
             continue
+        text_bytes += len(content)
+        if text_bytes > MAX_FORM_BYTES:
+            raise _too_large(text_bytes)
         try:
             fields.append((name[1], content.decode("utf-8")))
         except UnicodeDecodeError as error:

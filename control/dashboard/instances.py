@@ -18,8 +18,17 @@ from control.dashboard.snippets import snippets
 from control.database import Record
 from control.http import ApiError, BadRequest
 from control.instances import ChangeStatus, CreateInstance, Eviction, RotateCredentials, UpdateInstance
-from control.pages import PageRequest, bytes_text, http_public_url, number_text, page, redirect, render
+from control.pages import PageRequest, http_public_url, page, redirect, render
 from control.routes import usage as usage_routes
+from redisgate.units import (
+    bytes_rate_text,
+    bytes_text,
+    milliseconds_text,
+    number_text,
+    percent_text,
+    rate_text,
+    short_number,
+)
 
 _MIB = 1024 * 1024
 SIZES: Final = tuple(_MIB << power for power in range(4, 15))
@@ -218,34 +227,6 @@ async def _read(request: PageRequest) -> tuple[Record, Activity]:
     return row, found
 
 
-def per_second(value: float) -> str:
-    """A rate for people."""
-    return f"{value:,.0f}/s" if value >= 100 else f"{value:.3g}/s"
-
-
-def milliseconds(value: float) -> str:
-    """A time for people."""
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def percent(value: float) -> str:
-    """A share for people."""
-    return f"{value:.3g} %"
-
-
-def short_number(value: float) -> str:
-    """A count that has little room: 1.2M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= size:
-            return f"{value / (1000 if unit == 'k' else size):.3g}{unit}"
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def bytes_per_second(value: float) -> str:
-    """A rate of bytes for people."""
-    return f"{bytes_text(value)}/s"
-
-
 def charts(request: PageRequest, found: Activity, max_memory: int) -> list[Chart]:
     """All charts of a span."""
     t = request.texts
@@ -259,14 +240,14 @@ def charts(request: PageRequest, found: Activity, max_memory: int) -> list[Chart
 
     limit = [("limit", [max_memory] * len(found.times))] if max_memory else []
     return [
-        made("throughput", per_second, *((name, found.rates(name)) for name in ("reads", "writes", "commands"))),
-        made("latency", milliseconds, *((f"p{n}", found.percentiles(n / 100)) for n in (50, 95, 99))),
-        made("hit_ratio", percent, ("hits", found.hit_ratios()), top=100.0),
+        made("throughput", rate_text, *((name, found.rates(name)) for name in ("reads", "writes", "commands"))),
+        made("latency", milliseconds_text, *((f"p{n}", found.percentiles(n / 100)) for n in (50, 95, 99))),
+        made("hit_ratio", percent_text, ("hits", found.hit_ratios()), top=100.0),
         made("memory", bytes_text, ("memory", found.sampled("memory")), *limit, binary=True),
         made("keys", short_number, ("keys", found.sampled("keys"))),
-        made("errors", per_second, ("errors", found.rates("errors"))),
+        made("errors", rate_text, ("errors", found.rates("errors"))),
         made(
-            "traffic", bytes_per_second, *((name, found.rates(name)) for name in ("bytes_in", "bytes_out")), binary=True
+            "traffic", bytes_rate_text, *((name, found.rates(name)) for name in ("bytes_in", "bytes_out")), binary=True
         ),
         made("removed", short_number, *((name, found.sampled(name)) for name in ("expired", "evicted"))),
     ]
@@ -278,11 +259,11 @@ def figures(request: PageRequest, found: Activity) -> list[tuple[str, str]]:
     requests, ratio, p99 = found.total("requests"), found.total_hit_ratio(), found.total_percentile(0.99)
     return [
         (t("instances.figure_commands"), number_text(found.total("commands"))),
-        (t("instances.figure_p99"), milliseconds(p99) if p99 is not None else number_text(None)),
-        (t("instances.figure_hit_ratio"), percent(ratio) if ratio is not None else number_text(None)),
+        (t("instances.figure_p99"), milliseconds_text(p99)),
+        (t("instances.figure_hit_ratio"), percent_text(ratio)),
         (
             t("instances.figure_errors"),
-            percent(100 * found.total("errors") / requests) if requests else number_text(None),
+            percent_text(100 * found.total("errors") / requests if requests else None),
         ),
         (t("instances.figure_memory"), bytes_text(found.latest("memory"))),
         (t("instances.figure_keys"), number_text(found.latest("keys"))),
@@ -395,7 +376,7 @@ async def rotate(request: PageRequest) -> Response:
     return await _done(request, "rotate", "instances.rotated", act())
 
 
-@page("POST", _INSTANCE + "/snapshot", permission="instances.load")
+@page("POST", _INSTANCE + "/snapshot", permission="instances.load", files=True)
 async def load(request: PageRequest) -> Response:
     """Replace its data by that of a file; scripts send large ones in parts to the API."""
 

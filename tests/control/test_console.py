@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from control import console
-from control.console import LineError, format_reply, quoted, split_line
+from control.console import LineError, format_reply, quoted, split_line, split_lines
+from control.http import BadRequest
 from tests.control.conftest import Service, Urls
 from tests.control.service import Api, execute, register
 from tests.http import Client
@@ -19,38 +20,13 @@ from tests.servers import RedisServer, wait_for
 
 
 @pytest.fixture(scope="module")
-def service(database_urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two workers and a steward."""
-    service = Service(
-        database_urls, tmp_path_factory.mktemp("service"), "--workers", "2", REDISGATE_ALLOWED_NETWORKS="127.0.0.0/8"
-    )
-    yield service
-    service.stop()
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    server = RedisServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def owner_api(service: Service) -> Api:
-    return register(service.port, "owner")
+def service_settings() -> dict[str, str]:
+    return {"REDISGATE_ALLOWED_NETWORKS": "127.0.0.0/8"}
 
 
 @pytest.fixture(scope="module")
 def instance(owner_api: Api, redis: RedisServer) -> str:
     return str(owner_api.instance("console", redis.url)["id"])
-
-
-@pytest.fixture(scope="module")
-def viewer_api(service: Service, owner_api: Api) -> Api:
-    person = register(service.port, "viewer")
-    invitation = owner_api.call("POST", "invitations", {"email": person.email, "role": "viewer"})
-    person.call("POST", "/api/invitations/accept", {"token": invitation["token"]})
-    return Api(service.port, person.token, owner_api.organization_id, person.email)
 
 
 class Terminal:
@@ -112,6 +88,17 @@ def test_a_line_is_split_as_by_redis_cli(line: str, argv: list[bytes] | None) ->
 def test_what_is_shown_of_bytes_is_read_back_as_the_same() -> None:
     value = bytes(range(256))
     assert split_line(f"echo {quoted(value)}") == [b"echo", value]
+
+
+def test_long_lines_and_many_commands_are_refused_before_they_are_split() -> None:
+    longest = "x" * console.MAX_LINE_CHARACTERS
+    assert split_lines(longest + "\n" * 100_000) == [[longest.encode()]]
+    with pytest.raises(BadRequest, match=r"line 2 cannot be read: it has 65537 characters"):
+        split_lines("ping\n" + longest + "x")
+    assert len(split_lines("ping\n" * console.MAX_COMMANDS)) == console.MAX_COMMANDS
+    # What follows is not even looked at.
+    with pytest.raises(BadRequest, match="more than 1000 commands"):
+        split_lines("ping\n" * (console.MAX_COMMANDS + 1) + '"')
 
 
 # Replies, as redis-cli prints them

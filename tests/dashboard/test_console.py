@@ -3,7 +3,7 @@
 import base64
 import html
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlencode
 
@@ -11,48 +11,23 @@ import httpx
 import pytest
 
 from control.browser import name_of, pretty_json
-from control.dashboard.console import duration
+from control.pages import MAX_FORM_BYTES
 from tests.control.service import PASSWORD, Api, register
-from tests.dashboard.conftest import Pages, Service, Urls
+from tests.dashboard.conftest import Pages, Service
 from tests.servers import RedisServer
 
 HOSTILE = "<script>alert(1)</script>\"'& \u202eright to left" + "x" * 200
 
 
 @pytest.fixture(scope="module")
-def service(database_urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """Two workers and a steward."""
-    service = Service(
-        database_urls, tmp_path_factory.mktemp("service"), "--workers", "2", REDISGATE_ALLOWED_NETWORKS="127.0.0.0/8"
-    )
-    yield service
-    service.stop()
-
-
-@pytest.fixture(scope="module")
-def redis() -> Iterator[RedisServer]:
-    server = RedisServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def owner_api(service: Service) -> Api:
-    return register(service.port, "owner")
+def service_settings() -> dict[str, str]:
+    return {"REDISGATE_ALLOWED_NETWORKS": "127.0.0.0/8"}
 
 
 @pytest.fixture(scope="module")
 def home(owner_api: Api, redis: RedisServer) -> str:
     made = owner_api.instance("console", redis.url)
     return f"/dashboard/{owner_api.organization_id}/instances/{made['id']}"
-
-
-@pytest.fixture(scope="module")
-def viewer_api(service: Service, owner_api: Api) -> Api:
-    person = register(service.port, "viewer")
-    invitation = owner_api.call("POST", "invitations", {"email": person.email, "role": "viewer"})
-    person.call("POST", "/api/invitations/accept", {"token": invitation["token"]})
-    return person
 
 
 async def visitor(service: Service, person: Api) -> Pages:
@@ -93,14 +68,6 @@ def seen(text: str) -> str:
     found = re.search(r'name="action" value="save">.*?name="seen" value="([0-9a-f]*)"', text, re.S)
     assert found is not None
     return found[1]
-
-
-@pytest.mark.parametrize(
-    ("milliseconds", "text"),
-    [(None, ""), (1500, "1.5 s"), (65_000, "1 min 5 s"), (3_600_000, "1 h 0 min"), (90_061_000, "1 d 1 h")],
-)
-def test_durations(milliseconds: int | None, text: str) -> None:
-    assert duration(milliseconds) == text
 
 
 def test_json_is_laid_out_and_stays_what_it_is() -> None:
@@ -343,6 +310,22 @@ async def test_the_command_line_works_without_scripts(member: Pages, home: str, 
     assert "FLUSHALL</textarea>" in response.text
     await member.post(f"{home}/cli", 200, lines="FLUSHALL", confirmed="1")
     assert run(redis, "DBSIZE") == b":0\r\n"
+
+
+async def test_no_kind_of_form_brings_more_text_than_the_bound(viewer: Pages, home: str) -> None:
+    await viewer.get(f"{home}/cli")
+    large = "x" * MAX_FORM_BYTES
+    token = {"csrf_token": viewer.csrf}
+    for part in ((None, large), ("a.txt", large)):  # as text, and as a file where none is taken
+        response = await viewer.client.post(f"{home}/cli", data=token, files={"lines": part})
+        assert response.status_code == 413, response.text
+        assert "at most 1048576" in response.text
+    small = await viewer.client.post(f"{home}/cli", data=token, files={"lines": (None, "PING")})
+    assert small.status_code == 200
+    assert "PONG" in small.text
+    load = f"{home}/snapshot"  # which takes files
+    response = await viewer.client.post(load, data=token, files={"name": (None, large + "x")})
+    assert response.status_code == 413
 
 
 async def test_publishing_works_without_scripts(member: Pages, home: str) -> None:
