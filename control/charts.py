@@ -12,10 +12,10 @@ from typing import Final
 
 from markupsafe import Markup, escape
 
+from redisgate.units import NOTHING
+
 WIDTH: Final = 600
 HEIGHT: Final = 190
-NOTHING: Final = "\u2013"
-"""Where there is no value."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 8, 10, 22
 _ROWS: Final = 4
 """Grid lines above the base, about."""
@@ -113,12 +113,12 @@ class Chart:
 
     def _described(self) -> str:
         """In words, for who does not see it: the title, and of each line the last value and the highest."""
-        told = []
+        summaries = []
         for line in self.lines:
             values = [value for value in line.values if value is not None]
             if values and not line.limit:
-                told.append(f"{line.name}: {self.unit(values[-1])} (max {self.unit(max(values))})")
-        return f"{self.title}. {'; '.join(told)}" if told else self.title
+                summaries.append(f"{line.name}: {self.unit(values[-1])} (max {self.unit(max(values))})")
+        return f"{self.title}. {'; '.join(summaries)}" if summaries else self.title
 
     def _x(self, index: float) -> float:
         return _LEFT + (WIDTH - _LEFT - _RIGHT) * (index + 0.5) / max(self.count, 1)
@@ -174,13 +174,13 @@ class Chart:
         width = (WIDTH - _LEFT - _RIGHT) / max(self.count, 1)
         parts = [Markup('<g class="points" stroke-width="{}">').format(f"{width:.1f}")]
         for index, moment in enumerate(self.times()):
-            told = [
+            shown = [
                 f"{line.name} {self._text(line, index)}" if several else self._text(line, index)
                 for line in self.lines
                 if not line.limit and index < len(line.values) and line.values[index] is not None
             ]
-            if told:
-                text = escape(f"{self.time_text(moment)}\n" + "\n".join(told))
+            if shown:
+                text = escape(f"{self.time_text(moment)}\n" + "\n".join(shown))
                 # By hand: Markup.format takes three times as long, and a page has hundreds of these.
                 parts.append(
                     Markup(

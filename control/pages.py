@@ -49,9 +49,8 @@ from control.http import (
 )
 from control.roles import PERMISSIONS, allows
 from control.settings import secret_keys
+from redisgate.units import NOTHING, bytes_text, number_text
 
-NOTHING: Final = "\N{EN DASH}"
-"""Stands where there is no value."""
 FLASH_COOKIE: Final = "redisgate_flash"
 FORM_COOKIE: Final = "redisgate_form"
 """Ties forms to a browser that has not signed in yet."""
@@ -310,22 +309,6 @@ def environment() -> jinja2.Environment:
     made.filters |= {"bytes": bytes_text, "number": number_text, "moment": _moment, "query": urlencode}
     made.globals |= {"static": static_url, "languages": LANGUAGES}
     return made
-
-
-def bytes_text(count: float | None, digits: int = 1) -> str:
-    """A size for people: 1.5 MiB."""
-    if count is None:
-        return NOTHING
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(size) >= 1024 and len(units) > 1:
-        size /= 1024
-        del units[0]
-    return f"{size:.{digits if size % 1 and units[0] != 'B' else 0}f} {units[0]}"
-
-
-def number_text(value: float | None, digits: int = 0) -> str:
-    """A number for people: 1,234."""
-    return NOTHING if value is None else f"{value:,.{digits}f}"
 
 
 def _moment(value: datetime | None, empty: str = NOTHING) -> Markup:

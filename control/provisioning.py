@@ -14,7 +14,7 @@ COUNT_SECONDS: Final = 5.0
 
 
 class Provisioning:
-    """Of one process."""
+    """Counts of one steward: the steps that it took, and how many instances there are."""
 
     def __init__(self) -> None:
         self.leads = False
@@ -34,7 +34,7 @@ class Provisioning:
         series.buckets[bucket_of(nanos)] += 1
 
     def collect(self, document: Document) -> None:
-        """Put it into a document."""
+        """For `redisgate.metrics`: what has been counted until now."""
         for (provisioner, step, outcome), number in self._steps.items():
             document.count(
                 "redisgate_provisioning_steps_total", number, provisioner=provisioner, step=step, outcome=outcome

@@ -85,7 +85,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Whose:
+class UsageKey:
     """What usage is counted by."""
 
     organization_id: UUID
@@ -109,7 +109,7 @@ class Amount:
 @dataclass(slots=True)
 class _Batch:
     number: int
-    rows: dict[tuple[datetime, Whose], Amount]
+    rows: dict[tuple[datetime, UsageKey], Amount]
     used: dict[UUID, tuple[datetime, IpAddress | None]] = field(default_factory=dict)
 
 
@@ -120,8 +120,8 @@ class UsageCollector:
         self._database = database
         self._access = access
         self._writer = uuid4()
-        self._cells: dict[Whose, UsageCell] = {}
-        self._pending: dict[tuple[datetime, Whose], Amount] = {}
+        self._cells: dict[UsageKey, UsageCell] = {}
+        self._pending: dict[tuple[datetime, UsageKey], Amount] = {}
         self._used: dict[UUID, tuple[datetime, IpAddress | None]] = {}
         self._used_written: dict[UUID, float] = {}  # monotonic
         self._sending: _Batch | None = None
@@ -132,10 +132,10 @@ class UsageCollector:
         self, organization_id: UUID, instance_id: UUID, credential: str, api_key_id: UUID | None, table: CommandTable
     ) -> UsageCell:
         """Where a credential's requests to an instance are counted."""
-        whose = Whose(organization_id, instance_id, _CREDENTIALS[credential], api_key_id or NO_KEY)
-        cell = self._cells.get(whose)
+        key = UsageKey(organization_id, instance_id, _CREDENTIALS[credential], api_key_id or NO_KEY)
+        cell = self._cells.get(key)
         if cell is None:
-            cell = self._cells[whose] = UsageCell(table)
+            cell = self._cells[key] = UsageCell(table)
         return cell
 
     def start(self) -> None:
@@ -181,19 +181,19 @@ class UsageCollector:
         """Empty the cells into the minute in which they were filled."""
         now = time.time()
         minute = datetime.fromtimestamp((now - FLUSH_SECONDS / 2) // 60 * 60, UTC)
-        for whose, cell in list(self._cells.items()):
+        for key, cell in list(self._cells.items()):
             if not cell.used:
                 # Who still counts in it has it by another reference than ours and this loop's.
                 if len(self._cells) > MAX_IDLE_CELLS and sys.getrefcount(cell) <= 3:
-                    del self._cells[whose]
+                    del self._cells[key]
                 continue
             amount = _taken(cell)
-            if whose.api_key_id != NO_KEY:
-                self.note_use(whose.api_key_id, cell.address)
+            if key.api_key_id != NO_KEY:
+                self.note_use(key.api_key_id, cell.address)
             cell.clear()
-            known = self._pending.get((minute, whose))
+            known = self._pending.get((minute, key))
             if known is None:
-                self._pending[minute, whose] = amount
+                self._pending[minute, key] = amount
             else:
                 known.add(amount)
         excess = len(self._pending) - MAX_PENDING
@@ -273,7 +273,7 @@ async def _add(connection: Connection, writer: UUID, batch: _Batch) -> None:
         )
 
 
-async def _add_rows(connection: Connection, rows: Sequence[tuple[tuple[datetime, Whose], Amount]]) -> None:
+async def _add_rows(connection: Connection, rows: Sequence[tuple[tuple[datetime, UsageKey], Amount]]) -> None:
     names = ", ".join(COUNTS)
     counts = [[amount.counts[index] for _, amount in rows] for index in range(len(COUNTS))]
     placeholders = ", ".join(f"${6 + index}::bigint[]" for index in range(len(COUNTS)))
@@ -288,10 +288,10 @@ async def _add_rows(connection: Connection, rows: Sequence[tuple[tuple[datetime,
         + ", ".join(f"{name} = u.{name} + excluded.{name}" for name in COUNTS)
         + ", latency = add_histograms(u.latency, excluded.latency)",
         [at for (at, _), _ in rows],
-        [whose.organization_id for (_, whose), _ in rows],
-        [whose.instance_id for (_, whose), _ in rows],
-        [whose.credential for (_, whose), _ in rows],
-        [whose.api_key_id for (_, whose), _ in rows],
+        [key.organization_id for (_, key), _ in rows],
+        [key.instance_id for (_, key), _ in rows],
+        [key.credential for (_, key), _ in rows],
+        [key.api_key_id for (_, key), _ in rows],
         *counts,
         ["{" + ",".join(map(str, _without_zeros(amount.latency))) + "}" for _, amount in rows],
     )

@@ -39,7 +39,7 @@ and what is refused only with certain options: [REST API](rest-api.md).
 
 
 def commands_page() -> str:
-    """The page."""
+    """The text of docs/commands.md."""
     table = bundled_table()
     policy = Policy(table, Scope())
     families: dict[str, list[Command]] = {title: [] for title, _ in _FAMILIES}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from redisgate.config import ConfigError
+from redisgate.units import bytes_rate_text, bytes_text, microseconds_text, span_text
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -104,14 +105,16 @@ def picture(status: Mapping[str, Any], url: str) -> "Group":
 
     totals, redis, access = status["totals"], status["redis"], status["access"]
     up = time.time() - status["started"] if status["started"] else 0.0
-    head = Text(f"RedisGate {status['version']} at {url}, up {span(up)}, over the last {status['window_seconds']:g} s")
+    head = Text(
+        f"RedisGate {status['version']} at {url}, up {span_text(up)}, over the last {status['window_seconds']:g} s"
+    )
     latency = totals["latency_us"]
     lines = [
         f"requests/s {totals['requests_per_second']:,.0f}  failed/s {totals['failed_per_second']:,.1f}  "
         f"commands/s {totals['commands_per_second']:,.0f}  "
-        f"p50 {micros(latency['p50'])}  p90 {micros(latency['p90'])}  p99 {micros(latency['p99'])}",
+        "  ".join(f"{name} {microseconds_text(latency[name])}" for name in ("p50", "p90", "p99")),
         f"clients {totals['connections']:,}  streams {totals['streams']:,}  "
-        f"in {size(totals['bytes_in_per_second'])}/s  out {size(totals['bytes_out_per_second'])}/s  "
+        f"in {bytes_rate_text(totals['bytes_in_per_second'])}  out {bytes_rate_text(totals['bytes_out_per_second'])}  "
         f"refused by limits/s {totals['limit_refusals_per_second']:,.1f}",
         f"Redis: connections {redis['connections']:,}  waiting {redis['waiting']:,}  away {redis['instances_away']:,}  "
         f"lost {redis['lost']:,}   worker restarts {totals['worker_restarts']:,}"
@@ -140,14 +143,14 @@ def _workers(status: Mapping[str, Any]) -> "Table":
         table.add_row(
             f"worker {process['worker']}" if worker else process["worker"],
             f"{process['cpu']:.0%}",
-            size(process["memory_bytes"]),
+            bytes_text(process["memory_bytes"]),
             f"{process['requests_per_second']:,.0f}" if worker else "",
             f"{process['failed_per_second']:,.1f}" if worker else "",
-            micros(process["latency_us"]["p99"]) if worker else "",
+            microseconds_text(process["latency_us"]["p99"]) if worker else "",
             f"{process['connections']:,}" if worker else "",
             f"{process['redis_waiting']:,}" if worker else "",
             f"{process['loop_lag_ms']:,.1f} ms",
-            f"SILENT {span(process['silent_seconds'])}" if process["stuck"] else "",
+            f"SILENT {span_text(process['silent_seconds'])}" if process["stuck"] else "",
             style="bold red" if process["stuck"] else None,
         )
     return table
@@ -160,8 +163,8 @@ def _families(status: Mapping[str, Any]) -> "Table":
             family["family"],
             f"{family['commands_per_second']:,.0f}",
             f"{family['errors_per_second']:,.1f}",
-            micros(family["latency_us"]["p50"]),
-            micros(family["latency_us"]["p99"]),
+            microseconds_text(family["latency_us"]["p50"]),
+            microseconds_text(family["latency_us"]["p99"]),
             f"{family['commands']:,}",
         )
     return table
@@ -174,36 +177,10 @@ def _instances(status: Mapping[str, Any]) -> "Table":
             instance["name"],
             f"{instance['requests_per_second']:,.0f}",
             f"{instance['errors_per_second']:,.1f}",
-            f"{size(instance['bytes_in_per_second'])}/s",
-            f"{size(instance['bytes_out_per_second'])}/s",
-            micros(instance["mean_us"]),
-            micros(instance["latency_us"]["p99"]),
+            bytes_rate_text(instance["bytes_in_per_second"]),
+            bytes_rate_text(instance["bytes_out_per_second"]),
+            microseconds_text(instance["mean_us"]),
+            microseconds_text(instance["latency_us"]["p99"]),
             f"{instance['requests']:,}",
         )
     return table
-
-
-def micros(value: float | None) -> str:
-    """Microseconds as people read them."""
-    if value is None:
-        return "-"
-    if value < 1000:
-        return f"{value:.0f} µs"
-    return f"{value / 1000:.1f} ms" if value < 1e6 else f"{value / 1e6:.1f} s"
-
-
-def size(value: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
-
-
-def span(seconds: float) -> str:
-    """A time as people read it."""
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -53,14 +53,14 @@ async def show(request: PageRequest, template: str, organization_id: UUID | None
         error, wanted = problem, Filter(organization_id)
     async with request.context.database.connection() as connection:
         found, total = await list_events(connection, wanted, page=number, limit=PAGE_SIZE)
-        told = await events.told(connection, found)
+        described = await events.described(connection, found)
         chain = await audit.last_check(connection)
         head = await audit.current_head(connection)
     return await render(
         request,
         template,
         error=error,
-        events=told,
+        events=described,
         asked=asked,
         actor=_actor_name(found, asked.get("actor_id")),
         areas=AREAS,

@@ -13,6 +13,7 @@ from control.console import DELETES_KEYS, Desk, format_reply, note, quoted, run_
 from control.dashboard.frame import home_of, show
 from control.http import ApiError, BadRequest
 from control.pages import PageRequest, http_public_url, page, redirect
+from redisgate.units import duration_text
 
 _INSTANCE: Final = "/dashboard/{org_id}/instances/{instance_id}"
 _KEPT: Final = ("pattern", "type", "cursor", "key", "at", "match", "field")
@@ -44,24 +45,6 @@ def _link(request: PageRequest) -> Callable[..., str]:
         return base + ("?" + urlencode(values) if values else "")
 
     return link
-
-
-def duration(milliseconds: int | None) -> str:
-    """A time to live for people, in its two largest units."""
-    if milliseconds is None:
-        return ""
-    seconds = milliseconds / 1000
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    parts: list[str] = []
-    left = int(seconds)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        if left >= size or parts:
-            parts.append(f"{left // size} {unit}")
-            left %= size
-        if len(parts) == 2:
-            break
-    return " ".join(parts)
 
 
 @page("GET", _INSTANCE + "/data", permission="console.read")
@@ -115,7 +98,7 @@ async def _data(request: PageRequest, error: ApiError | None = None, posted: str
         types=TYPES,
         may_write=desk.may_write,
         link=_link(request),
-        duration=duration,
+        duration=duration_text,
         exact=browser.is_exact(query.get("pattern", "")),
         is_json=browser.looks_like_json,
         pretty=browser.pretty_json,

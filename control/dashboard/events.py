@@ -13,7 +13,7 @@ MAX_VALUE: Final = 300
 """Characters of one value in a list of changes."""
 
 
-async def told(connection: Connection, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+async def described(connection: Connection, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Events with names for what they are about, and with their changes."""
     ids: dict[str, list[UUID]] = {"user": [], "instance": [], "api_key": [], "organization": [], "invitation": []}
     for event in events:

@@ -5,12 +5,11 @@ from typing import Any, Final
 from uuid import UUID
 
 from control.database import Connection
-from control.http import BadRequest
+from control.http import MAX_PAGE, BadRequest
 from control.pages import PageRequest
 
 PAGE_SIZE: Final = 25
 """Rows of a list on one page."""
-MAX_PAGE: Final = 1_000_000
 MAX_SEARCH: Final = 100
 """Characters of what is searched for."""
 

@@ -203,7 +203,7 @@ async def _one(request: PageRequest, error: ApiError | None = None, section: str
 
 @page("POST", _PATH + "/{key_id}", permission="api_keys.update")
 async def rename(request: PageRequest) -> Response:
-    """Another name."""
+    """Rename a key, and show it again."""
     try:
         await routes.rename(request, request.body(UpdateApiKey))
     except ApiError as error:

@@ -12,8 +12,9 @@ from control.charts import sparkline
 from control.dashboard import events
 from control.dashboard.forms import page_count, page_number
 from control.database import Connection, Record
-from control.pages import PageRequest, bytes_text, number_text, page, render
+from control.pages import PageRequest, page, render
 from control.roles import allows
+from redisgate.units import bytes_text, number_text
 
 INSTANCES_SHOWN: Final = 24
 """On one page."""
@@ -51,7 +52,7 @@ async def overview(request: PageRequest) -> Response:
         latest: list[dict[str, Any]] = []
         if allows(request.principal.role, "audit.read"):
             latest, _ = await list_events(connection, Filter(organization_id), page=1, limit=EVENTS_SHOWN)
-        told = await events.told(connection, latest)
+        described = await events.described(connection, latest)
     return await render(
         request,
         "organization/overview.html",
@@ -67,7 +68,7 @@ async def overview(request: PageRequest) -> Response:
         deleted_total=deleted_total,
         quota=quota,
         warnings=warnings(request, quota),
-        events=told,
+        events=described,
     )
 
 

@@ -11,10 +11,11 @@ from control import quotas, usage
 from control.charts import Chart, Line, bins
 from control.dashboard.overview import warnings
 from control.http import ApiError, BadRequest, convert_body
-from control.pages import PageRequest, bytes_text, number_text, page, redirect, render
+from control.pages import PageRequest, page, redirect, render
 from control.quotas import GIB, MIB
 from control.routes import quota as routes
 from control.routes.quota import SetQuota
+from redisgate.units import bytes_text, number_text
 
 _PATH: Final = "/dashboard/{org_id}/quota"
 SPANS: Final[dict[str, tuple[timedelta, timedelta, str]]] = {

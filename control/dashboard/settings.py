@@ -39,7 +39,7 @@ async def _organization(request: PageRequest, connection: Any) -> dict[str, Any]
 
 @page("POST", _PATH, permission="organization.update")
 async def rename(request: PageRequest) -> Response:
-    """Another name."""
+    """Rename the organization; its slug stays."""
     try:
         await routes.update_organization(request, request.body(UpdateOrganization))
     except ApiError as error:

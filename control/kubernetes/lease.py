@@ -85,7 +85,7 @@ class Lease:
 
     async def _acquire(self) -> float:
         """Wait until the lease is ours. Answers the time from which it counts, of the loop's clock."""
-        told = ""
+        logged = ""
         while True:
             began = asyncio.get_running_loop().time()
             try:
@@ -93,9 +93,9 @@ class Lease:
                     if await self._try_to_take():
                         return began
             except (KubernetesError, TimeoutError) as error:
-                if str(error) != told:
+                if str(error) != logged:
                     log.warning("the lease %s/%s cannot be had: %s", self._namespace, self._name, error)
-                told = str(error)
+                logged = str(error)
             await asyncio.sleep(self._retry)
 
     async def _try_to_take(self) -> bool:

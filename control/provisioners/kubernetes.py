@@ -322,8 +322,8 @@ class KubernetesProvisioner:
             live = await self._until(live, is_told, ROUTE_SECONDS, "routed")
         except ProvisionError:
             return "no gateway has said yet that it routes there"
-        told = condition_of(live, "RouteProgrammed")
-        return None if told["status"] == "True" else f"{told['reason']}: {told['message']}"
+        route = condition_of(live, "RouteProgrammed")
+        return None if route["status"] == "True" else f"{route['reason']}: {route['message']}"
 
     async def _until(self, live: Object, reached: Callable[[Object], bool], seconds: float, what: str) -> Object:
         """Look until it is so. Raises ProvisionError after `seconds`, and NotFound."""

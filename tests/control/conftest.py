@@ -19,7 +19,8 @@ from control.http import Context
 from control.migrate import migrate
 from control.provisioners.local import stop_everything
 from redisgate.config import ControlSettings, Settings
-from tests.servers import Gateway
+from tests.control.service import Api, register
+from tests.servers import Gateway, RedisServer
 
 OWNER, APPLICATION = "redisgate_owner", "redisgate_app"
 SECRET_KEY = b"tests: 3f1b6f6b2d5b4ad0a8f4b8f0f0c1d2e3"
@@ -196,8 +197,39 @@ class Service(Gateway):
 
 
 @pytest.fixture(scope="module")
-def service(database_urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service_settings() -> dict[str, str]:
+    """Environment variables of the module's service, for a module to say."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def service(
+    database_urls: Urls, tmp_path_factory: pytest.TempPathFactory, service_settings: dict[str, str]
+) -> Iterator[Service]:
     """Two workers and a steward over the module's database."""
-    service = Service(database_urls, tmp_path_factory.mktemp("service"), "--workers", "2")
+    service = Service(database_urls, tmp_path_factory.mktemp("service"), "--workers", "2", **service_settings)
     yield service
     service.stop()
+
+
+@pytest.fixture(scope="module")
+def redis() -> Iterator[RedisServer]:
+    """A Redis that is somebody's own, to be registered as an external instance."""
+    server = RedisServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def owner_api(service: Service) -> Api:
+    """The owner of an organization."""
+    return register(service.port, "owner")
+
+
+@pytest.fixture(scope="module")
+def viewer_api(service: Service, owner_api: Api) -> Api:
+    """Who only looks on in the owner's organization."""
+    person = register(service.port, "viewer")
+    invitation = owner_api.call("POST", "invitations", {"email": person.email, "role": "viewer"})
+    person.call("POST", "/api/invitations/accept", {"token": invitation["token"]})
+    return Api(service.port, person.token, owner_api.organization_id, person.email)

@@ -25,9 +25,13 @@ from tests.control.conftest import (  # noqa: F401  fixtures
     empty_database,
     migrated,
     owner,
+    owner_api,
     postgres_server,
+    redis,
     service,
+    service_settings,
     settings,
+    viewer_api,
 )
 from tests.control.service import Api, register
 

@@ -12,7 +12,7 @@ import pytest
 
 from control import instances, usage
 from control.addresses import AddressPolicy
-from control.dashboard.instances import SIZES, phases, short_number
+from control.dashboard.instances import SIZES, phases
 from control.http import Context
 from control.instances import CreateInstance
 from control.provisioners.external import ExternalProvisioner
@@ -449,10 +449,3 @@ async def test_pages_are_light_and_quick(
             await pages.get(target)
             times.append(time.perf_counter() - began)
         assert min(times) < 0.05, (target, times)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (12.5, "12.5"), (1234, "1,234"), (12345, "12.3k"), (2.5e6, "2.5M"), (3e9, "3G")]
-)
-def test_short_numbers(value: float, text: str) -> None:
-    assert short_number(value) == text

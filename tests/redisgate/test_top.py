@@ -112,22 +112,3 @@ def test_the_address_follows_the_settings() -> None:
     assert top.address("https://a.example:9400/metrics", environ) == "https://a.example:9400"
     with pytest.raises(ConfigError):
         top.address("ftp://a", {})
-
-
-@pytest.mark.parametrize(
-    ("shown", "expected"),
-    [
-        (top.micros(None), "-"),
-        (top.micros(12.4), "12 µs"),
-        (top.micros(2500), "2.5 ms"),
-        (top.micros(3e6), "3.0 s"),
-        (top.size(512), "512 B"),
-        (top.size(1536), "1.5 KiB"),
-        (top.size(5 << 30), "5.0 GiB"),
-        (top.span(59), "59 s"),
-        (top.span(90), "1.5 min"),
-        (top.span(86400 * 2), "2.0 d"),
-    ],
-)
-def test_figures_are_shown_as_people_read_them(shown: str, expected: str) -> None:
-    assert shown == expected
