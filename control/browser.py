@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from control.console import Desk, text_of
+from control.console import ConsoleSession, text_of
 from control.http import ApiError, BadRequest, Conflict, NotFound
 from resp.parser import ErrorReply
 
@@ -225,22 +225,22 @@ def is_exact(pattern: str) -> bool:
     return bool(pattern) and not any(char in pattern for char in "*?[\\")
 
 
-async def find_keys(desk: Desk, pattern: str = "", kind: str = "", cursor: int = 0) -> Keys:
+async def find_keys(session: ConsoleSession, pattern: str = "", kind: str = "", cursor: int = 0) -> Keys:
     """The next keys that match, with what is known of each; a name without * ? [ is looked up directly."""
     filters = _filters(pattern, kind)
-    total = _good(await desk.call(b"DBSIZE"))
+    total = _good(await session.call(b"DBSIZE"))
     found = Keys(total=total)
     names: dict[bytes, None] = {}
     if is_exact(pattern):
         names[bytes_of(pattern)] = None
         found.keys = [
-            key for key in await _describe(desk, list(names)) if key.type != "none" and kind in ("", key.type)
+            key for key in await _describe(session, list(names)) if key.type != "none" and kind in ("", key.type)
         ]
         found.scanned = 1
         return found
     until, count = time.monotonic() + SCAN_SECONDS, PAGE_KEYS if not filters else SCAN_COUNT // 4
     while True:
-        cursor_text, keys = _good(await desk.call(b"SCAN", b"%d" % cursor, *filters, b"COUNT", b"%d" % count))
+        cursor_text, keys = _good(await session.call(b"SCAN", b"%d" % cursor, *filters, b"COUNT", b"%d" % count))
         cursor = int(cursor_text)
         names.update(dict.fromkeys(keys))
         found.scanned += count
@@ -248,16 +248,16 @@ async def find_keys(desk: Desk, pattern: str = "", kind: str = "", cursor: int =
             break
         count = min(count * 2, SCAN_COUNT) if len(keys) < count // 8 else count
     found.cursor, found.scanned = cursor, min(found.scanned, total)
-    found.keys = [key for key in await _describe(desk, list(names)) if key.type != "none"]
+    found.keys = [key for key in await _describe(session, list(names)) if key.type != "none"]
     return found
 
 
-async def _describe(desk: Desk, names: Sequence[bytes]) -> list[Key]:
+async def _describe(session: ConsoleSession, names: Sequence[bytes]) -> list[Key]:
     """Type, time to live, memory and size of keys: in two turns, however many there are."""
     commands: list[list[bytes]] = []
     for name in names:
         commands += [b"TYPE", name], [b"PTTL", name], [b"MEMORY", b"USAGE", name, b"SAMPLES", b"5"]
-    replies = await desk.pipeline(commands)
+    replies = await session.pipeline(commands)
     keys: list[Key] = []
     for name, kind, ttl, memory in zip(names, replies[::3], replies[1::3], replies[2::3], strict=True):
         keys.append(
@@ -269,7 +269,7 @@ async def _describe(desk: Desk, names: Sequence[bytes]) -> list[Key]:
             )
         )
     measured = [key for key in zip(names, keys, strict=True) if key[1].type in SIZE_COMMANDS]
-    sizes = await desk.pipeline([[SIZE_COMMANDS[key.type], name] for name, key in measured])
+    sizes = await session.pipeline([[SIZE_COMMANDS[key.type], name] for name, key in measured])
     for (_, key), size in zip(measured, sizes, strict=True):
         key.size = size if isinstance(size, int) else None
     return keys
@@ -285,27 +285,27 @@ class Swept:
     total: int
 
 
-async def count_matching(desk: Desk, pattern: str, kind: str, cursor: int = 0) -> Swept:
+async def count_matching(session: ConsoleSession, pattern: str, kind: str, cursor: int = 0) -> Swept:
     """Count the keys that match, from `cursor` on, for a while. A key may be counted twice while keys come and go."""
-    return await _sweep(desk, pattern, kind, cursor, delete=False)
+    return await _sweep(session, pattern, kind, cursor, delete=False)
 
 
-async def delete_matching(desk: Desk, pattern: str, kind: str, cursor: int = 0) -> Swept:
+async def delete_matching(session: ConsoleSession, pattern: str, kind: str, cursor: int = 0) -> Swept:
     """Delete the keys that match, from `cursor` on, for a while."""
-    return await _sweep(desk, pattern, kind, cursor, delete=True)
+    return await _sweep(session, pattern, kind, cursor, delete=True)
 
 
-async def _sweep(desk: Desk, pattern: str, kind: str, cursor: int, *, delete: bool) -> Swept:
+async def _sweep(session: ConsoleSession, pattern: str, kind: str, cursor: int, *, delete: bool) -> Swept:
     filters = _filters(pattern, kind)
-    swept = Swept(0, cursor, 0, _good(await desk.call(b"DBSIZE")))
+    swept = Swept(0, cursor, 0, _good(await session.call(b"DBSIZE")))
     until = time.monotonic() + SWEEP_SECONDS
     while True:
-        text, names = _good(await desk.call(b"SCAN", b"%d" % swept.cursor, *filters, b"COUNT", b"%d" % SCAN_COUNT))
+        text, names = _good(await session.call(b"SCAN", b"%d" % swept.cursor, *filters, b"COUNT", b"%d" % SCAN_COUNT))
         swept.cursor = int(text)
         swept.scanned += SCAN_COUNT
         if delete:
             for at in range(0, len(names), DELETE_KEYS):
-                swept.count += _good(await desk.call(b"UNLINK", *names[at : at + DELETE_KEYS]))
+                swept.count += _good(await session.call(b"UNLINK", *names[at : at + DELETE_KEYS]))
         else:
             swept.count += len(names)
         if not swept.cursor or time.monotonic() > until:
@@ -339,34 +339,36 @@ class Value:
     encoding: str = ""
 
 
-async def look(desk: Desk, key: bytes, at: str = "", match: str = "") -> Value:
+async def look(session: ConsoleSession, key: bytes, at: str = "", match: str = "") -> Value:
     """A key and a page of its value; `match` is a pattern for fields and members.
 
     Raises:
         NotFound: there is no such key.
     """
-    described = (await _describe(desk, [key]))[0]
+    described = (await _describe(session, [key]))[0]
     if described.type == "none":
         raise NotFound("there is no such key; it may have expired or been deleted a moment ago")
     value = Value(described)
-    encoding = await desk.call(b"OBJECT", b"ENCODING", key)
+    encoding = await session.call(b"OBJECT", b"ENCODING", key)
     value.encoding = encoding.decode("latin-1") if isinstance(encoding, bytes) else ""
     if described.type in _READERS:
-        await _READERS[described.type](desk, key, value, at, match)
+        await _READERS[described.type](session, key, value, at, match)
     return value
 
 
-async def _string(desk: Desk, key: bytes, value: Value, at: str, match: str) -> None:
-    raw = _good(await desk.call(b"GETRANGE", key, b"0", b"%d" % (MAX_VALUE_BYTES - 1)))
+async def _string(session: ConsoleSession, key: bytes, value: Value, at: str, match: str) -> None:
+    raw = _good(await session.call(b"GETRANGE", key, b"0", b"%d" % (MAX_VALUE_BYTES - 1)))
     value.whole = Shown(raw, max(len(raw), value.key.size or 0) if len(raw) == MAX_VALUE_BYTES else len(raw))
 
 
-async def _scanned(desk: Desk, command: bytes, key: bytes, value: Value, at: str, match: str) -> list[bytes]:
+async def _scanned(
+    session: ConsoleSession, command: bytes, key: bytes, value: Value, at: str, match: str
+) -> list[bytes]:
     cursor, found = check_cursor(at or "0"), []
     until = time.monotonic() + SCAN_SECONDS
     filters = [b"MATCH", bytes_of(match)] if match else []
     while True:
-        text, items = _good(await desk.call(command, key, b"%d" % cursor, *filters, b"COUNT", b"%d" % PAGE_ELEMENTS))
+        text, items = _good(await session.call(command, key, b"%d" % cursor, *filters, b"COUNT", b"%d" % PAGE_ELEMENTS))
         cursor = int(text)
         found += items
         if not cursor or len(found) >= PAGE_ELEMENTS or time.monotonic() > until:
@@ -374,25 +376,25 @@ async def _scanned(desk: Desk, command: bytes, key: bytes, value: Value, at: str
             return found
 
 
-async def _hash(desk: Desk, key: bytes, value: Value, at: str, match: str) -> None:
-    items = await _scanned(desk, b"HSCAN", key, value, at, match)
+async def _hash(session: ConsoleSession, key: bytes, value: Value, at: str, match: str) -> None:
+    items = await _scanned(session, b"HSCAN", key, value, at, match)
     value.rows = [
         Row(show(name, MAX_KEY_BYTES), show(item)) for name, item in zip(items[::2], items[1::2], strict=True)
     ]
 
 
-async def _set(desk: Desk, key: bytes, value: Value, at: str, match: str) -> None:
-    members = await _scanned(desk, b"SSCAN", key, value, at, match)
+async def _set(session: ConsoleSession, key: bytes, value: Value, at: str, match: str) -> None:
+    members = await _scanned(session, b"SSCAN", key, value, at, match)
     value.rows = [Row(show(name, MAX_KEY_BYTES)) for name in members]
 
 
-async def _zset(desk: Desk, key: bytes, value: Value, at: str, match: str) -> None:
+async def _zset(session: ConsoleSession, key: bytes, value: Value, at: str, match: str) -> None:
     if match:
-        items = await _scanned(desk, b"ZSCAN", key, value, at, match)
+        items = await _scanned(session, b"ZSCAN", key, value, at, match)
     else:
         first = check_cursor(at or "0")
         last = first + PAGE_ELEMENTS - 1
-        items = _good(await desk.call(b"ZRANGE", key, b"%d" % first, b"%d" % last, b"WITHSCORES"))
+        items = _good(await session.call(b"ZRANGE", key, b"%d" % first, b"%d" % last, b"WITHSCORES"))
         value.next = str(last + 1) if last + 1 < (value.key.size or 0) else ""
     value.rows = [
         Row(show(name, MAX_KEY_BYTES), score=score.decode("latin-1"))
@@ -400,10 +402,10 @@ async def _zset(desk: Desk, key: bytes, value: Value, at: str, match: str) -> No
     ]
 
 
-async def _list(desk: Desk, key: bytes, value: Value, at: str, match: str) -> None:
+async def _list(session: ConsoleSession, key: bytes, value: Value, at: str, match: str) -> None:
     first = check_cursor(at or "0")
     last = first + PAGE_ELEMENTS - 1
-    items = _good(await desk.call(b"LRANGE", key, b"%d" % first, b"%d" % last))
+    items = _good(await session.call(b"LRANGE", key, b"%d" % first, b"%d" % last))
     value.rows = [Row(show(b"%d" % (first + index)), show(item)) for index, item in enumerate(items)]
     value.next = str(last + 1) if last + 1 < (value.key.size or 0) else ""
 
@@ -411,12 +413,12 @@ async def _list(desk: Desk, key: bytes, value: Value, at: str, match: str) -> No
 _STREAM_ID: Final = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 
-async def _stream(desk: Desk, key: bytes, value: Value, at: str, match: str) -> None:
+async def _stream(session: ConsoleSession, key: bytes, value: Value, at: str, match: str) -> None:
     """The newest first; `at` is the id after which older ones follow."""
     if at and not _STREAM_ID.fullmatch(at):
         raise BadRequest("this is no entry's id")
     count = b"%d" % (PAGE_ELEMENTS + (1 if at else 0) + 1)
-    entries = _good(await desk.call(b"XREVRANGE", key, at.encode() or b"+", b"-", b"COUNT", count))
+    entries = _good(await session.call(b"XREVRANGE", key, at.encode() or b"+", b"-", b"COUNT", count))
     entries = [entry for entry in entries if entry[0] != at.encode()]
     for name, fields in entries[:PAGE_ELEMENTS]:
         pairs = [(show(one), show(other)) for one, other in zip(fields[::2], fields[1::2], strict=True)]
@@ -428,9 +430,9 @@ async def _stream(desk: Desk, key: bytes, value: Value, at: str, match: str) -> 
 _READERS: Final = {"string": _string, "hash": _hash, "set": _set, "zset": _zset, "list": _list, "stream": _stream}
 
 
-async def element(desk: Desk, key: bytes, kind: str, name: bytes) -> Shown | None:
+async def element(session: ConsoleSession, key: bytes, kind: str, name: bytes) -> Shown | None:
     """One element of a hash or list whole, up to what can be edited; None: it is not there."""
-    value = _good(await desk.call(*_reading(kind, name)[:1], key, *_reading(kind, name)[1:]))
+    value = _good(await session.call(*_reading(kind, name)[:1], key, *_reading(kind, name)[1:]))
     return None if value is None else show(value, MAX_VALUE_BYTES)
 
 
@@ -453,7 +455,7 @@ def _reading(kind: str, name: bytes) -> list[bytes]:
 # Changing
 
 
-async def save(desk: Desk, key: bytes, kind: str, name: bytes, value: bytes, seen: str) -> None:
+async def save(session: ConsoleSession, key: bytes, kind: str, name: bytes, value: bytes, seen: str) -> None:
     """Set a string, a field, the element at a position or a member's score, if what was seen is still there.
 
     A string keeps its time to live. `seen` is the digest of the old value; `ABSENT`: there was none.
@@ -467,10 +469,12 @@ async def save(desk: Desk, key: bytes, kind: str, name: bytes, value: bytes, see
     }
     if kind not in writing:
         raise BadRequest("some fields are wrong", {"type": "cannot be edited here"})
-    await _if_unchanged(desk, key, _reading(kind, name), writing[kind], seen)
+    await _if_unchanged(session, key, _reading(kind, name), writing[kind], seen)
 
 
-async def create(desk: Desk, key: bytes, kind: str, name: bytes, value: bytes, seconds: int | None = None) -> None:
+async def create(
+    session: ConsoleSession, key: bytes, kind: str, name: bytes, value: bytes, seconds: int | None = None
+) -> None:
     """Make a key with its first element, unless there is one of that name. Raises Conflict."""
     writing = {
         "string": [b"SET", value],
@@ -485,18 +489,20 @@ async def create(desk: Desk, key: bytes, kind: str, name: bytes, value: bytes, s
     if not key:
         raise BadRequest("some fields are wrong", {"key": "is missing"})
     try:
-        await _if_unchanged(desk, key, _reading("new", b""), writing[kind], digest(b"0"))
+        await _if_unchanged(session, key, _reading("new", b""), writing[kind], digest(b"0"))
     except ChangedMeanwhile:
         raise Conflict("there is a key of this name already; open it, or choose another name") from None
     if seconds is not None:
-        _good(await desk.call(b"EXPIRE", key, b"%d" % seconds))
+        _good(await session.call(b"EXPIRE", key, b"%d" % seconds))
 
 
-async def add(desk: Desk, key: bytes, kind: str, name: bytes, value: bytes, *, first: bool = False) -> None:
+async def add(
+    session: ConsoleSession, key: bytes, kind: str, name: bytes, value: bytes, *, first: bool = False
+) -> None:
     """Add an element to a key that is there. Raises NotFound, Conflict."""
     if kind == "hash":
         try:
-            await _if_unchanged(desk, key, _reading(kind, name), [b"HSET", name, value], ABSENT)
+            await _if_unchanged(session, key, _reading(kind, name), [b"HSET", name, value], ABSENT)
         except ChangedMeanwhile:
             raise Conflict("there is such a field already; edit it instead") from None
         return
@@ -508,54 +514,56 @@ async def add(desk: Desk, key: bytes, kind: str, name: bytes, value: bytes, *, f
     }
     if kind not in adding:
         raise BadRequest("some fields are wrong", {"type": "takes no elements"})
-    added = _good(await desk.call(adding[kind][0], key, *adding[kind][1:]))
+    added = _good(await session.call(adding[kind][0], key, *adding[kind][1:]))
     if added == 0:
         raise Conflict("it is in there already" if kind != "list" else "the list is no longer there")
 
 
-async def take_out(desk: Desk, key: bytes, kind: str, name: bytes, seen: str = ABSENT) -> None:
+async def take_out(session: ConsoleSession, key: bytes, kind: str, name: bytes, seen: str = ABSENT) -> None:
     """Delete an element. Of a list or hash only if it is what was seen. Raises ChangedMeanwhile."""
     if kind == "list":
         mark = b"deleted by the console " + secrets.token_hex(16).encode()
-        reply = _good(await desk.call(b"EVAL", _DELETE_AT, b"1", key, seen.encode(), name, mark))
+        reply = _good(await session.call(b"EVAL", _DELETE_AT, b"1", key, seen.encode(), name, mark))
         if reply[0] == 0:
             raise ChangedMeanwhile
         return
     if kind == "hash" and seen:
-        await _if_unchanged(desk, key, _reading(kind, name), [b"HDEL", name], seen)
+        await _if_unchanged(session, key, _reading(kind, name), [b"HDEL", name], seen)
         return
     commands = {"hash": b"HDEL", "set": b"SREM", "zset": b"ZREM", "stream": b"XDEL"}
     if kind not in commands:
         raise BadRequest("some fields are wrong", {"type": "has no elements"})
-    if _good(await desk.call(commands[kind], key, name)) == 0:
+    if _good(await session.call(commands[kind], key, name)) == 0:
         raise NotFound("it was deleted already")
 
 
-async def rename(desk: Desk, key: bytes, to: bytes) -> None:
+async def rename(session: ConsoleSession, key: bytes, to: bytes) -> None:
     """Give a key another name, which no key has. Raises Conflict."""
     if not to:
         raise BadRequest("some fields are wrong", {"to": "is missing"})
-    if to != key and _good(await desk.call(b"RENAMENX", key, to)) == 0:
+    if to != key and _good(await session.call(b"RENAMENX", key, to)) == 0:
         raise Conflict("there is a key of this name already, and it was left as it is")
 
 
-async def expire(desk: Desk, key: bytes, seconds: int | None) -> None:
+async def expire(session: ConsoleSession, key: bytes, seconds: int | None) -> None:
     """Let a key end after so many seconds; None: never. Raises NotFound."""
     if seconds is None:
-        _good(await desk.call(b"PERSIST", key))
-    elif _good(await desk.call(b"EXPIRE", key, b"%d" % seconds)) == 0:
+        _good(await session.call(b"PERSIST", key))
+    elif _good(await session.call(b"EXPIRE", key, b"%d" % seconds)) == 0:
         raise NotFound("there is no such key any more")
 
 
-async def delete(desk: Desk, key: bytes) -> None:
+async def delete(session: ConsoleSession, key: bytes) -> None:
     """Delete a key. Raises NotFound."""
-    if _good(await desk.call(b"UNLINK", key)) == 0:
+    if _good(await session.call(b"UNLINK", key)) == 0:
         raise NotFound("there is no such key any more; somebody deleted it, or it expired")
 
 
-async def _if_unchanged(desk: Desk, key: bytes, reading: Sequence[bytes], writing: Sequence[bytes], seen: str) -> None:
+async def _if_unchanged(
+    session: ConsoleSession, key: bytes, reading: Sequence[bytes], writing: Sequence[bytes], seen: str
+) -> None:
     reply = _good(
-        await desk.call(b"EVAL", _IF_UNCHANGED, b"1", key, seen.encode(), b"%d" % len(reading), *reading, *writing)
+        await session.call(b"EVAL", _IF_UNCHANGED, b"1", key, seen.encode(), b"%d" % len(reading), *reading, *writing)
     )
     if reply[0] == 0:
         raise ChangedMeanwhile

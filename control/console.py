@@ -161,11 +161,11 @@ def dangerous(commands: Sequence[Argv]) -> list[str]:
     return list(found.values())
 
 
-# Who sits at it
+# A person's session
 
 
 @dataclass(frozen=True)
-class Desk:
+class ConsoleSession:
     """A person at an instance's console."""
 
     request: ApiRequest
@@ -294,8 +294,8 @@ def _replying() -> Any:
 
 
 @contextlib.asynccontextmanager
-async def sit_down(request: ApiRequest, *, write: bool = False, wait: bool = True) -> AsyncIterator[Desk]:
-    """A person's desk at the instance that the path names; `write` where it is needed for what they want.
+async def open_session(request: ApiRequest, *, write: bool = False, wait: bool = True) -> AsyncIterator[ConsoleSession]:
+    """A person's session at the console of the path's instance; `write` where it is needed for what they want.
 
     Without `wait` it does not count as a request under way: a stream goes on for hours, and has a bound of its own.
 
@@ -314,7 +314,7 @@ async def sit_down(request: ApiRequest, *, write: bool = False, wait: bool = Tru
     try:
         instance_id = request.path["instance_id"]
         row = await instances.find(request.context.database, request.organization_id, instance_id)
-        yield Desk(request, await _instance(request, instance_id), row, may_write)
+        yield ConsoleSession(request, await _instance(request, instance_id), row, may_write)
     finally:
         if wait:
             under_way[person] -= 1
@@ -347,14 +347,14 @@ async def note(request: ApiRequest, action: str, after: dict[str, object]) -> No
         await audit.record(connection, request, action, target, after=after)
 
 
-async def run_typed(desk: Desk, commands: Sequence[Argv], *, confirmed: bool) -> list[Node]:
+async def run_typed(session: ConsoleSession, commands: Sequence[Argv], *, confirmed: bool) -> list[Node]:
     """What a person typed; what is dangerous only where they have said that they mean it. Raises ApiError."""
     warnings = dangerous(commands)
     if warnings and not confirmed:
         raise Conflict("confirm first: " + "; ".join(warnings), {"confirm": warnings})
     if warnings:
-        await note(desk.request, RUNS_DANGEROUS, {"commands": warnings})
-    return await desk.run(commands)
+        await note(session.request, RUNS_DANGEROUS, {"commands": warnings})
+    return await session.run(commands)
 
 
 # Replies

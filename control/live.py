@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from control import http
-from control.console import Desk, bulk, sit_down
+from control.console import ConsoleSession, bulk, open_session
 from control.database import DatabaseAway
 from control.http import ApiError, ApiRequest, BadRequest, Forbidden, TooManyRequests, Unavailable
 from redisgate.access import Instance
@@ -148,10 +148,10 @@ class EventStream(Response):
         """Why the person may not watch any more; None: they may."""
         try:
             await http.admit(self._request)
-            async with sit_down(
+            async with open_session(
                 self._request, write=self._request.endpoint.permission == "console.write", wait=False
-            ) as desk:
-                if desk.instance is not self._instance:
+            ) as session:
+                if session.instance is not self._instance:
                     return "the instance was changed; connect again"
         except (Unavailable, DatabaseAway):
             return None  # it cannot be told now; what was allowed goes on
@@ -187,23 +187,23 @@ class _Places:
             del self._counts[self._person]
 
 
-async def watch(request: ApiRequest, desk: Desk, contains: str) -> Response:
+async def watch(request: ApiRequest, session: ConsoleSession, contains: str) -> Response:
     """Every command that the instance runs, as far as its line contains a text. Raises ApiError."""
-    _permit(desk, b"monitor")
-    hub, needle = desk.instance.backend.monitor, contains.lower().encode()
+    _permit(session, b"monitor")
+    hub, needle = session.instance.backend.monitor, contains.lower().encode()
     reader = Reader(lambda message: not needle or needle in message.payload.lower())
-    return await _opened(request, desk, reader, lambda: hub.watch(reader), lambda: hub.leave(reader), 1)
+    return await _opened(request, session, reader, lambda: hub.watch(reader), lambda: hub.leave(reader), 1)
 
 
 async def subscribe(
-    request: ApiRequest, desk: Desk, channels: list[bytes], patterns: list[bytes], contains: str
+    request: ApiRequest, session: ConsoleSession, channels: list[bytes], patterns: list[bytes], contains: str
 ) -> Response:
     """What is published on channels and on those that match patterns. Raises ApiError."""
     channels, patterns = list(dict.fromkeys(channels)), list(dict.fromkeys(patterns))
     if not 0 < len(channels) + len(patterns) <= MAX_CHANNELS:
         raise BadRequest(f"name 1 to {MAX_CHANNELS} channels or patterns")
-    _permit(desk, b"subscribe" if channels else b"psubscribe")
-    hub, needle = desk.instance.backend.subscriptions, contains.lower().encode()
+    _permit(session, b"subscribe" if channels else b"psubscribe")
+    hub, needle = session.instance.backend.subscriptions, contains.lower().encode()
     reader = Reader(lambda message: not needle or needle in message.payload.lower())
 
     def begin() -> None:
@@ -216,20 +216,20 @@ async def subscribe(
         hub.unsubscribe(reader, channels, pattern=False)
         hub.unsubscribe(reader, patterns, pattern=True)
 
-    return await _opened(request, desk, reader, begin, leave, len(channels) + len(patterns))
+    return await _opened(request, session, reader, begin, leave, len(channels) + len(patterns))
 
 
-def _permit(desk: Desk, command: bytes) -> None:
+def _permit(session: ConsoleSession, command: bytes) -> None:
     from control.console import READER, WRITER
 
-    refusal = desk.instance.policy(WRITER if desk.may_write else READER).stream_refusal(command)
+    refusal = session.instance.policy(WRITER if session.may_write else READER).stream_refusal(command)
     if refusal is not None:
         raise Forbidden(refusal.decode())
 
 
 async def _opened(
     request: ApiRequest,
-    desk: Desk,
+    session: ConsoleSession,
     reader: Reader,
     begin: Callable[[], None],
     leave: Callable[[], None],
@@ -261,4 +261,4 @@ async def _opened(
         leave_once()
         raise
     reader.wake.set()
-    return EventStream(request, desk.instance, reader, leave_once)
+    return EventStream(request, session.instance, reader, leave_once)

@@ -199,8 +199,8 @@ class UsageCollector:
         excess = len(self._pending) - MAX_PENDING
         if excess > 0:
             log.error("PostgreSQL is away for too long: usage of %d minutes and credentials is lost", excess)
-            for key in sorted(self._pending, key=lambda key: key[0])[:excess]:
-                del self._pending[key]
+            for oldest in sorted(self._pending, key=lambda item: item[0])[:excess]:
+                del self._pending[oldest]
 
     def note_use(self, api_key_id: UUID, address: IpAddress | None) -> None:
         """A key is used now, from there; written with the usage."""

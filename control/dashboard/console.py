@@ -9,7 +9,16 @@ from starlette.responses import Response
 
 from control import browser
 from control.browser import TYPES, ChangedMeanwhile, bytes_of, name_of
-from control.console import DELETES_KEYS, Desk, format_reply, note, quoted, run_typed, sit_down, split_lines
+from control.console import (
+    DELETES_KEYS,
+    ConsoleSession,
+    format_reply,
+    note,
+    open_session,
+    quoted,
+    run_typed,
+    split_lines,
+)
 from control.dashboard.frame import home_of, show
 from control.http import ApiError, BadRequest
 from control.pages import PageRequest, http_public_url, page, redirect
@@ -59,16 +68,16 @@ async def _data(request: PageRequest, error: ApiError | None = None, posted: str
     value = edited = None
     gone: ApiError | None = None
     try:
-        async with sit_down(request) as desk:
+        async with open_session(request) as session:
             cursor = browser.check_cursor(query.get("cursor") or "0")
-            found = await browser.find_keys(desk, query.get("pattern", ""), query.get("type", ""), cursor)
+            found = await browser.find_keys(session, query.get("pattern", ""), query.get("type", ""), cursor)
             if key_name:
                 key = bytes_of(key_name)
                 try:
-                    value = await browser.look(desk, key, query.get("at", ""), query.get("match", ""))
+                    value = await browser.look(session, key, query.get("at", ""), query.get("match", ""))
                     if query.get("field") and value.key.type in ("hash", "list"):
                         field = bytes_of(query["field"])
-                        edited = await browser.element(desk, key, value.key.type, field)
+                        edited = await browser.element(session, key, value.key.type, field)
                         if edited is None:
                             gone = ApiError(404, request.texts("console.element_gone"))
                 except ApiError as problem:
@@ -83,7 +92,7 @@ async def _data(request: PageRequest, error: ApiError | None = None, posted: str
         request,
         "data",
         "console/data.html",
-        row=desk.row,
+        row=session.row,
         error=error,
         status=404 if gone is not None and error is None else 200,
         gone=gone.message if gone is not None else None,
@@ -96,7 +105,7 @@ async def _data(request: PageRequest, error: ApiError | None = None, posted: str
         edited=edited,
         field_shown=browser.show(bytes_of(query["field"])) if query.get("field") else None,
         types=TYPES,
-        may_write=desk.may_write,
+        may_write=session.may_write,
         link=_link(request),
         duration=duration_text,
         exact=browser.is_exact(query.get("pattern", "")),
@@ -134,27 +143,27 @@ def _seconds(request: PageRequest, name: str) -> int | None:
     return int(text)
 
 
-async def _create(request: PageRequest, desk: Desk, key: bytes) -> str | None:
+async def _create(request: PageRequest, session: ConsoleSession, key: bytes) -> str | None:
     new = _name(request, "new_key")
     kind = request.form.get("new_type", "string")
     await browser.create(
-        desk, new, kind, _name(request, "new_name"), _written(request, "new_value"), _seconds(request, "new_seconds")
+        session, new, kind, _name(request, "new_name"), _written(request, "new_value"), _seconds(request, "new_seconds")
     )
     return name_of(new)
 
 
-async def _save(request: PageRequest, desk: Desk, key: bytes) -> str | None:
+async def _save(request: PageRequest, session: ConsoleSession, key: bytes) -> str | None:
     kind = request.form.get("kind")
     value = _written(request, "value")
     if request.form.has("json"):
         browser.check_json(value.decode("utf-8", "replace"))
-    await browser.save(desk, key, kind, _name(request, "name"), value, request.form.get("seen"))
+    await browser.save(session, key, kind, _name(request, "name"), value, request.form.get("seen"))
     return name_of(key)
 
 
-async def _add(request: PageRequest, desk: Desk, key: bytes) -> str | None:
+async def _add(request: PageRequest, session: ConsoleSession, key: bytes) -> str | None:
     await browser.add(
-        desk,
+        session,
         key,
         request.form.get("kind"),
         _name(request, "added_name"),
@@ -164,28 +173,28 @@ async def _add(request: PageRequest, desk: Desk, key: bytes) -> str | None:
     return name_of(key)
 
 
-async def _take_out(request: PageRequest, desk: Desk, key: bytes) -> str | None:
-    await browser.take_out(desk, key, request.form.get("kind"), _name(request, "name"), request.form.get("seen"))
+async def _take_out(request: PageRequest, session: ConsoleSession, key: bytes) -> str | None:
+    await browser.take_out(session, key, request.form.get("kind"), _name(request, "name"), request.form.get("seen"))
     return name_of(key)
 
 
-async def _rename(request: PageRequest, desk: Desk, key: bytes) -> str | None:
+async def _rename(request: PageRequest, session: ConsoleSession, key: bytes) -> str | None:
     to = _name(request, "to")
-    await browser.rename(desk, key, to)
+    await browser.rename(session, key, to)
     return name_of(to)
 
 
-async def _expire(request: PageRequest, desk: Desk, key: bytes) -> str | None:
-    await browser.expire(desk, key, _seconds(request, "seconds"))
+async def _expire(request: PageRequest, session: ConsoleSession, key: bytes) -> str | None:
+    await browser.expire(session, key, _seconds(request, "seconds"))
     return name_of(key)
 
 
-async def _delete(request: PageRequest, desk: Desk, key: bytes) -> str | None:
-    await browser.delete(desk, key)
+async def _delete(request: PageRequest, session: ConsoleSession, key: bytes) -> str | None:
+    await browser.delete(session, key)
     return None
 
 
-_ACTIONS: Final[dict[str, Callable[[PageRequest, Desk, bytes], Awaitable[str | None]]]] = {
+_ACTIONS: Final[dict[str, Callable[[PageRequest, ConsoleSession, bytes], Awaitable[str | None]]]] = {
     "create": _create,
     "save": _save,
     "add": _add,
@@ -203,8 +212,8 @@ async def change(request: PageRequest) -> Response:
     if action not in _ACTIONS:
         raise BadRequest(request.texts("common.error_400"))
     try:
-        async with sit_down(request, write=True) as desk:
-            key = await _ACTIONS[action](request, desk, bytes_of(request.query.get("key", "")))
+        async with open_session(request, write=True) as session:
+            key = await _ACTIONS[action](request, session, bytes_of(request.query.get("key", "")))
     except ApiError as error:
         return await _data(request, error, action)
     stays = action in ("save", "expire")
@@ -227,16 +236,16 @@ async def ask_to_sweep(request: PageRequest) -> Response:
     if not pattern:
         return redirect(request, home_of(request) + "/data", "console.pattern_first")
     try:
-        async with sit_down(request, write=True) as desk:
+        async with open_session(request, write=True) as session:
             swept = await browser.count_matching(
-                desk, pattern, kind, browser.check_cursor(request.query.get("cursor") or "0")
+                session, pattern, kind, browser.check_cursor(request.query.get("cursor") or "0")
             )
     except ApiError as error:
         if error.status in _AWAY:
             return await _away(request, "data", error)
         raise
     counted = swept.count + _count(request.query.get("counted", ""))
-    return await _sweep_page(request, desk, pattern, kind, swept, counted=counted, deleted=None)
+    return await _sweep_page(request, session, pattern, kind, swept, counted=counted, deleted=None)
 
 
 @page("POST", _INSTANCE + "/data/delete", permission="console.write")
@@ -246,16 +255,16 @@ async def sweep(request: PageRequest) -> Response:
     cursor = browser.check_cursor(request.form.get("cursor") or "0")
     if not pattern or (not cursor and request.form.exact("confirm") != pattern):
         raise BadRequest(request.texts("common.name_differs"))
-    async with sit_down(request, write=True) as desk:
+    async with open_session(request, write=True) as session:
         if not cursor:
             await note(request, DELETES_KEYS, {"pattern": pattern, "type": kind or None})
-        swept = await browser.delete_matching(desk, pattern, kind, cursor)
+        swept = await browser.delete_matching(session, pattern, kind, cursor)
     deleted = swept.count + _count(request.form.get("deleted"))
     if not swept.cursor:
         target = home_of(request) + "/data?" + urlencode({"pattern": pattern})
         return redirect(request, target, "console.swept", count=deleted)
     return await _sweep_page(
-        request, desk, pattern, kind, swept, counted=_count(request.form.get("counted")), deleted=deleted
+        request, session, pattern, kind, swept, counted=_count(request.form.get("counted")), deleted=deleted
     )
 
 
@@ -265,7 +274,7 @@ def _count(text: str) -> int:
 
 async def _sweep_page(
     request: PageRequest,
-    desk: Desk,
+    session: ConsoleSession,
     pattern: str,
     kind: str,
     swept: browser.Swept,
@@ -277,7 +286,7 @@ async def _sweep_page(
         request,
         "data",
         "console/sweep.html",
-        row=desk.row,
+        row=session.row,
         pattern=pattern,
         kind=kind,
         swept=swept,
@@ -302,8 +311,8 @@ async def run(request: PageRequest) -> Response:
     lines = request.form.exact("lines")
     try:
         commands = split_lines(lines)
-        async with sit_down(request) as desk:
-            nodes = await run_typed(desk, commands, confirmed=request.form.has("confirmed"))
+        async with open_session(request) as session:
+            nodes = await run_typed(session, commands, confirmed=request.form.has("confirmed"))
     except ApiError as error:
         warnings = error.data.get("confirm", []) if isinstance(error.data, dict) else []
         return await _command_line(request, error=error, lines=lines, warnings=warnings)
@@ -363,8 +372,8 @@ async def publish(request: PageRequest) -> Response:
     try:
         if not channel:
             raise BadRequest(request.texts("common.not_done"), {"channel": request.texts("console.channel_missing")})
-        async with sit_down(request, write=True) as desk:
-            node = (await desk.run([[b"PUBLISH", bytes_of(channel), _written(request, "message")]]))[0]
+        async with open_session(request, write=True) as session:
+            node = (await session.run([[b"PUBLISH", bytes_of(channel), _written(request, "message")]]))[0]
         if node["type"] != "integer":
             raise browser.Refused(str(node.get("text")))
     except ApiError as error:

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from control import browser, live
-from control.console import DELETES_KEYS, bulk, format_reply, note, run_typed, sit_down, split_lines
+from control.console import DELETES_KEYS, bulk, format_reply, note, open_session, run_typed, split_lines
 from control.http import ApiRequest, BadRequest, Reply, endpoint
 
 _PATH = "/api/organizations/{org_id}/redis-instances/{instance_id}/console"
@@ -50,8 +50,8 @@ async def run(request: ApiRequest, body: RunCommands) -> object:
     commands = split_lines(body.lines)
     if not commands:
         raise BadRequest("some fields are wrong", {"lines": "holds no command"})
-    async with sit_down(request) as desk:
-        nodes = await run_typed(desk, commands, confirmed=body.confirmed)
+    async with open_session(request) as session:
+        nodes = await run_typed(session, commands, confirmed=body.confirmed)
     return {"replies": [{"reply": node, "text": format_reply(node)} for node in nodes]}
 
 
@@ -94,8 +94,8 @@ class KeysPage(msgspec.Struct):
 async def keys(request: ApiRequest) -> object:
     """By SCAN, for a tenth of a second at most: a page may be empty and yet not the last."""
     wanted: FindKeys = request.parameters
-    async with sit_down(request) as desk:
-        found = await browser.find_keys(desk, wanted.pattern, wanted.type, browser.check_cursor(wanted.cursor))
+    async with open_session(request) as session:
+        found = await browser.find_keys(session, wanted.pattern, wanted.type, browser.check_cursor(wanted.cursor))
     listed = [
         {"name": bulk(key.name.raw), "type": key.type, "ttl": key.ttl, "memory": key.memory, "size": key.size}
         for key in found.keys
@@ -131,8 +131,8 @@ class Swept(msgspec.Struct):
 )
 async def count(request: ApiRequest, body: Matching) -> object:
     """By SCAN, for a second at most."""
-    async with sit_down(request) as desk:
-        swept = await browser.count_matching(desk, body.pattern, body.type, browser.check_cursor(body.cursor))
+    async with open_session(request) as session:
+        swept = await browser.count_matching(session, body.pattern, body.type, browser.check_cursor(body.cursor))
     return _swept(swept)
 
 
@@ -147,13 +147,13 @@ async def count(request: ApiRequest, body: Matching) -> object:
 )
 async def delete(request: ApiRequest, body: Matching) -> object:
     """By SCAN and UNLINK, for a second at most. Its beginning is put on record."""
-    async with sit_down(request, write=True) as desk:
+    async with open_session(request, write=True) as session:
         cursor = browser.check_cursor(body.cursor)
         if not body.pattern:
             raise BadRequest("some fields are wrong", {"pattern": "is missing; * stands for all keys"})
         if not cursor:
             await note(request, DELETES_KEYS, {"pattern": body.pattern, "type": body.type or None})
-        swept = await browser.delete_matching(desk, body.pattern, body.type, cursor)
+        swept = await browser.delete_matching(session, body.pattern, body.type, cursor)
     return Reply(_swept(swept), f"{swept.count} keys deleted")
 
 
@@ -180,8 +180,8 @@ async def monitor(request: ApiRequest) -> object:
     """Every command that the instance runs, as it runs them. Events: `ready`, one without a name per line with `value`,
     `skipped` with how many were left out, `ended` with the reason.
     """
-    async with sit_down(request, write=True, wait=False) as desk:
-        return await live.watch(request, desk, request.parameters.filter)
+    async with open_session(request, write=True, wait=False) as session:
+        return await live.watch(request, session, request.parameters.filter)
 
 
 class Listen(msgspec.Struct):
@@ -204,7 +204,7 @@ class Listen(msgspec.Struct):
 async def subscribe(request: ApiRequest) -> object:
     """What is published. Events as those of `monitor`, with `channel` and, where one matched, `pattern`."""
     wanted: Listen = request.parameters
-    async with sit_down(request, wait=False) as desk:
+    async with open_session(request, wait=False) as session:
         channels = [name.encode() for name in wanted.channels.split()]
         patterns = [name.encode() for name in wanted.patterns.split()]
-        return await live.subscribe(request, desk, channels, patterns, wanted.filter)
+        return await live.subscribe(request, session, channels, patterns, wanted.filter)
