@@ -375,6 +375,7 @@ class AccessTable:
         instance = self.instances.pop(instance_id, None)
         if instance is not None:
             instance.close()
+            WORKER.retire(instance_id)
             self.revision += 1
 
     def put(self, credential: bytes, grant: Grant) -> None:
@@ -396,6 +397,10 @@ class AccessTable:
         """Let the credential with this SHA-256 grant `grant`: for those that we are never told."""
         self._digests[digest] = grant
         self.revision += 1
+
+    def find_digest(self, digest: bytes) -> Grant | None:
+        """What the credential with this SHA-256 grants, whether or not it has expired."""
+        return self._digests.get(digest)
 
     def remove_digest(self, digest: bytes) -> None:
         """Let the credential with this SHA-256 grant nothing more."""

@@ -55,6 +55,21 @@ def _add_operator_flags(parser: argparse.ArgumentParser) -> None:
     add("--url-scheme", choices=["https", "http"], default="https", help="of hosts under the base domain (https)")
     add("--cluster-domain", default="cluster.local", help="of the cluster's DNS (cluster.local)")
     add("--ingress-class", help="of Ingresses that name none")
+    add(
+        "--ingress-annotation",
+        metavar="KEY",
+        type=_annotation,
+        action="append",
+        default=[],
+        help="that a resource may give its Ingress in the gateway's namespace; as often as there are",
+    )
+    add(
+        "--ingress-tls-secret",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="in the gateway's namespace, that a resource may name for its Ingress; as often as there are",
+    )
     add("--monitoring-namespace", help="from where exporters may be asked; by default from nowhere")
     add("--image", default="", help="of redisgate, for backups; by default redisgate/redisgate of this version")
     add("--exporter-image", default="", help="of the exporter")
@@ -65,6 +80,14 @@ def _add_operator_flags(parser: argparse.ArgumentParser) -> None:
         help="believe the annotation redisgate.io/address of Services (host:port), for an operator and a gateway that"
         " run elsewhere; whoever may write Services can then lead the gateway anywhere",
     )
+
+
+def _annotation(key: str) -> str:
+    from control.kubernetes.plan import NEVER_ANNOTATIONS
+
+    if key in NEVER_ANNOTATIONS:
+        raise argparse.ArgumentTypeError(f"{key} is never a resource's to say: it reaches beyond its own hosts")
+    return key
 
 
 def run(command: str, options: dict[str, Any]) -> int:
@@ -161,6 +184,8 @@ def operator_settings(options: dict[str, Any], own_namespace: str | None) -> Any
         base_domain=options["base_domain"].lower().strip("."),
         operator_namespace=namespace,
         gateway_namespace=options["gateway_namespace"] or namespace,
+        ingress_annotations=frozenset(options["ingress_annotation"]),
+        ingress_tls_secrets=frozenset(options["ingress_tls_secret"]),
         image=options["image"] or f"redisgate/redisgate:{redisgate.__version__}",
         **chosen,
     )

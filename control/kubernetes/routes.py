@@ -49,6 +49,7 @@ __all__ = ["NotConfigured", "Route", "RouteError", "RouteFollower", "RouteTable"
 log = logging.getLogger(__name__)
 
 ROUTE_LABEL: Final = "redisgate.io/route"
+ROUTE_TYPE: Final = "redisgate.io/route"
 UID_LABEL: Final = "redisgate.io/instance-uid"
 INSTANCE_ID_LABEL: Final = "redisgate.io/instance-id"
 """On a RedisHttpInstance that the control plane made: the id of its row."""
@@ -73,6 +74,10 @@ _NOT_READ = Refusal(503, b"ERR the routes of the cluster are not read yet; try a
 
 class RouteError(Exception):
     """A route cannot be used. The text is for whoever reads the condition of the instance."""
+
+
+class KeyTaken(RouteError):
+    """Another instance has an API key of it, and had it first."""
 
 
 class Token(msgspec.Struct, frozen=True):
@@ -139,6 +144,17 @@ class Route(msgspec.Struct, frozen=True):
         return f"Route({self.namespace}/{self.name})"  # its password is nobody's business
 
 
+def routed_uid(secret: Object) -> str | None:
+    """Of the instance whose route a Secret is; None: it only looks like one.
+
+    Others may write Secrets of other types and names beside the gateway (cert-manager does, with labels that a tenant
+    chose): they neither make a route nor take one away.
+    """
+    uid: str | None = (secret["metadata"].get("labels") or {}).get(UID_LABEL)
+    genuine = secret.get("type") == ROUTE_TYPE and secret["metadata"]["name"] == f"route-{uid}"
+    return uid if genuine else None
+
+
 def read_route(secret: Object) -> Route:
     """The route in a Secret. Raises RouteError."""
     encoded = (secret.get("data") or {}).get("instance.json")
@@ -189,6 +205,8 @@ class RouteTable:
         self._grants: dict[str, dict[bytes, Grant]] = {}  # by uid: by SHA-256 of the key
         self._made_from: dict[str, tuple[object, ...]] = {}  # by uid: what its Instance was made from
         self._limits: dict[str, tuple[int, Limit]] = {}  # by uid: the rate and who counts it
+        self.freed = 0
+        """How many keys have been given up, so that others may have them."""
 
     def __contains__(self, uid: object) -> bool:
         return uid in self._routes
@@ -207,10 +225,12 @@ class RouteTable:
 
         Raises:
             RouteError: it cannot be; then nothing is routed there.
+            KeyTaken: not while another instance has one of its keys.
         """
         if self._routes.get(route.id) == (route, row_id):
             return self._notes(route)
         try:
+            self._see_that_keys_are_its_own(route)
             scopes = [self._scope(route, token) for token in route.tokens]
             limiter = self._limiter(route)
         except RouteError:
@@ -228,8 +248,7 @@ class RouteTable:
             )
             for token, scope in zip(route.tokens, scopes, strict=True)
         }
-        for digest in before.keys() - grants.keys():
-            self._access.remove_digest(digest)
+        self._give_up(before.keys() - grants.keys())
         for digest, grant in grants.items():
             self._access.put_digest(digest, grant)
         self._grants[route.id] = grants
@@ -240,8 +259,7 @@ class RouteTable:
     def remove(self, uid: str) -> None:
         """Refuse what asks for an instance, from now on."""
         before = self._grants.pop(uid, {})
-        for digest in before:
-            self._access.remove_digest(digest)
+        self._give_up(before.keys())
         self._routes.pop(uid, None)
         if self._made_from.pop(uid, None) is not None:
             self._access.remove_instance(uid)
@@ -249,6 +267,18 @@ class RouteTable:
         if limit is not None:
             limit.flush(time.time())
         self._look_after_streams(before, {})
+
+    def _see_that_keys_are_its_own(self, route: Route) -> None:
+        """A key opens one instance: whoever learns one and writes it down as theirs would get the other's requests."""
+        for token in route.tokens:
+            held = self._access.find_digest(bytes.fromhex(token.sha256))
+            if held is not None and held.instance_id != route.id:
+                raise KeyTaken("another instance has one of its API keys, and had it first: give it a key of its own")
+
+    def _give_up(self, digests: Iterable[bytes]) -> None:
+        for digest in digests:
+            self._access.remove_digest(digest)
+            self.freed += 1
 
     def _instance(self, route: Route, row_id: str | None) -> Instance:
         labels = tuple(host.removesuffix(self._suffix) for host in route.hosts if host.endswith(self._suffix or "\0"))
@@ -351,6 +381,8 @@ class RouteFollower:
         self._secrets: dict[str, Object] = {}  # by uid of the instance
         self._instances: dict[str, Object] = {}  # by uid
         self._problems: dict[str, str] = {}  # by uid: why it is not routed
+        self._in_line: dict[str, None] = {}  # uids of those that wait for a key of another
+        self._routes_read = False
         self._notes: dict[str, list[str]] = {}
         self._queue: WorkQueue[str] = WorkQueue(self._report)
         self._leading = False
@@ -434,8 +466,8 @@ class RouteFollower:
     # What the cluster says
 
     def _heard_of_secret(self, kind: str, secret: Object, before: Object | None) -> None:
-        uid = secret["metadata"].get("labels", {}).get(UID_LABEL)
-        old = before["metadata"].get("labels", {}).get(UID_LABEL) if before is not None else None
+        uid = routed_uid(secret)
+        old = routed_uid(before) if before is not None else None
         if old is not None and old != uid:
             self._secrets.pop(old, None)
             self._settle(old)
@@ -455,20 +487,40 @@ class RouteFollower:
             self._instances[uid] = instance
         self._settle(uid)
 
-    async def _settle_when_read(self, *reflectors: Reflector) -> None:
-        for reflector in reflectors:
-            await reflector.synced.wait()
+    async def _settle_when_read(self, routes: Reflector, instances: Reflector) -> None:
+        await routes.synced.wait()
+        self._routes_read = True
+        self._settle_all()
+        await instances.synced.wait()
         self.synced = True
-        for uid in {*self._secrets, *self._instances}:
+        self._settle_all()
+
+    def _settle_all(self) -> None:
+        """The oldest routes first, so that every worker lets the same one have a key that two claim."""
+
+        def age(uid: str) -> tuple[str, str]:
+            return (self._secrets.get(uid) or {"metadata": {}})["metadata"].get("creationTimestamp", ""), uid
+
+        for uid in sorted({*self._secrets, *self._instances}, key=age):
             self._settle(uid)
 
     def _settle(self, uid: str) -> None:
-        """Let the access table say of an instance what the cluster says."""
+        """Let the access table say of an instance what the cluster says, and of those that waited for its keys."""
+        if not self._routes_read:
+            return  # in the order of the list it would be chance who gets a key that two claim
+        freed = self.routes.freed
+        self._settle_one(uid)
+        if self.routes.freed != freed:
+            for other in [other for other in self._in_line if other != uid]:
+                self._settle_one(other)
+
+    def _settle_one(self, uid: str) -> None:
         secret, instance = self._secrets.get(uid), self._instances.get(uid)
         row_id = instance["metadata"].get("labels", {}).get(INSTANCE_ID_LABEL) if instance is not None else None
         before = self.routes.address(uid)
         self._problems.pop(uid, None)
         self._notes.pop(uid, None)
+        self._in_line.pop(uid, None)
         gone = instance is None or "deletionTimestamp" in instance["metadata"]
         if secret is None or (gone and self.synced):
             self.routes.remove(uid)
@@ -478,6 +530,8 @@ class RouteFollower:
             except RouteError as error:
                 self.routes.remove(uid)
                 self._problems[uid] = str(error)
+                if isinstance(error, KeyTaken):
+                    self._in_line[uid] = None
                 log.warning("%s cannot be served: %s", secret["metadata"]["name"], error)
         if row_id is not None and self.routes.address(uid) != before:
             self.on_change(row_id)

@@ -13,10 +13,19 @@ from control.kubernetes.client import Object
 from control.kubernetes.plan import PLANS, Login, Observed, OperatorSettings, Plan, claim_hosts, make_plan
 from control.kubernetes.spec import Instance, read_instance
 
-SETTINGS = OperatorSettings(base_domain="db.example", monitoring_namespace="monitoring", ingress_class="nginx")
+SETTINGS = OperatorSettings(
+    base_domain="db.example",
+    monitoring_namespace="monitoring",
+    ingress_class="nginx",
+    ingress_annotations=frozenset(["cert-manager.io/issuer"]),
+    ingress_tls_secrets=frozenset(["wild"]),
+)
 LOGIN = Login(1, "cache-auth-1", "2026-01-01T00:00:00Z", "password", "admin")
 OBSERVED = Observed(
-    logins=(LOGIN,), token="token", readonly_token="readonly", hosts=("cache-aaaaaa.db.example", "cart.db.example")
+    logins=(LOGIN,),
+    token="token-" * 6,
+    readonly_token="readonly-" * 4,
+    hosts=("cache-aaaaaa.db.example", "cart.db.example"),
 )
 S3 = {"bucket": "backups", "endpoint": "https://s3.example", "region": "eu", "credentialsSecret": "s3"}
 LIMITS = {"requests": {"cpu": "100m", "memory": 67108864}, "limits": {"memory": "128Mi"}}
@@ -143,9 +152,42 @@ def test_an_ingress_leads_to_the_gateway() -> None:
     for rule in ingress["spec"]["rules"]:
         assert rule["http"]["paths"][0]["backend"]["service"] == {"name": "redisgate-gateway", "port": {"number": 80}}
     assert ingress["spec"]["ingressClassName"] == "nginx"
-    plan = plan_of(gateway={"ingress": {"annotations": {"nginx.ingress.kubernetes.io/server-snippet": "return 200;"}}})
-    assert "server-snippet" not in str(one(plan, "Ingress", "route-6f1c"))
-    assert plan.problems[0].reason == "AnnotationRefused"
+
+
+STRANGE_ANNOTATIONS = [
+    "nginx.ingress.kubernetes.io/server-snippet",
+    "cert-manager.io/cluster-issuer",
+    "cert-manager.io/secret-template",
+    "external-dns.alpha.kubernetes.io/hostname",
+    "external-dns.alpha.kubernetes.io/target",
+]
+
+
+@pytest.mark.parametrize("key", STRANGE_ANNOTATIONS)
+def test_what_a_resource_says_of_its_ingress_reaches_the_gateways_namespace_only_where_it_is_allowed(key: str) -> None:
+    for settings in (SETTINGS, OperatorSettings(base_domain="db.example")):
+        plan = plan_of(settings=settings, gateway={"ingress": {"annotations": {key: "theirs"}}})
+        assert "theirs" not in str(one(plan, "Ingress", "route-6f1c"))
+        assert [problem.reason for problem in plan.problems] == ["AnnotationRefused"]
+        assert key in plan.problems[0].message
+    allowed = replace(SETTINGS, ingress_annotations=frozenset([key]))
+    plan = plan_of(settings=allowed, gateway={"ingress": {"annotations": {key: "theirs"}}})
+    never = key in planning.NEVER_ANNOTATIONS
+    assert ("theirs" in str(one(plan, "Ingress", "route-6f1c"))) is not never
+    assert bool(plan.problems) is never
+
+
+def test_a_resource_names_no_secret_beside_the_gateway_that_is_not_meant_for_it() -> None:
+    def tls(name: str, **annotations: str) -> tuple[Any, list[str]]:
+        plan = plan_of(gateway={"ingress": {"tlsSecretName": name, "annotations": annotations}})
+        spec = one(plan, "Ingress", "route-6f1c")["spec"]
+        return [each["secretName"] for each in spec.get("tls", ())], [problem.reason for problem in plan.problems]
+
+    assert tls("wild") == (["wild"], [])
+    assert tls("route-of-another") == ([], ["TlsSecretRefused"])
+    issued = {"cert-manager.io/issuer": "le"}
+    assert tls("route-of-another", **issued) == (["route-6f1c-tls"], []), "cert-manager writes it"
+    assert tls("wild", **issued) == (["wild"], [])
 
 
 def test_body_limits_agree_with_the_gateways_own() -> None:
@@ -163,9 +205,17 @@ def route(plan: Plan) -> Object:
 
 def test_a_gateway_never_sees_a_key() -> None:
     told = route(plan_of())
-    assert "token" not in [value for token in told["tokens"] for value in token.values()]
+    assert OBSERVED.token not in str(told)
     assert [token["scopes"] for token in told["tokens"]] == [["read", "write"], ["read"]]
     assert told["host"] == "cache.shop.svc.cluster.local", "a name, never the address of a pod"
+
+
+def test_a_key_that_is_too_short_opens_nothing() -> None:
+    plan = plan_of(replace(OBSERVED, readonly_token="k" * 31))
+    assert [token["scopes"] for token in route(plan)["tokens"]] == [["read", "write"]]
+    assert [(problem.condition, problem.reason) for problem in plan.problems] == [("CredentialsReady", "KeyTooShort")]
+    assert "readonly-token: an API key has 32 characters" in plan.problems[0].message
+    assert plan_of(replace(OBSERVED, readonly_token="k" * 32)).problems == []
 
 
 def config_of(plan: Plan) -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 import control.kubernetes
-from control.kubernetes.routes import CONDITION, MAX_TOKENS, RouteError, RouteTable, read_route
+from control.kubernetes.routes import CONDITION, MAX_TOKENS, KeyTaken, RouteError, RouteTable, read_route
 from redisgate.access import UNAUTHORIZED, AccessTable
 from redisgate.shared import SharedState
 from tests.http import Response
@@ -269,7 +270,8 @@ def test_with_the_api_server_away_what_is_known_goes_on_and_what_is_not_is_answe
             assert "not read yet" in answer.error
             cluster.heal()
             wait_for(lambda: get(late.port, token).status == 200, 10.0, "the routes")
-            everywhere(late, "nobody's", 401)
+            # Each worker tries again in its own time.
+            wait_for(lambda: all(get(late.port, "nobody's").status == 401 for _ in range(8)), 10.0, "401 everywhere")
         finally:
             late.stop()
     finally:
@@ -345,6 +347,83 @@ async def test_an_instance_has_the_name_of_its_row_too(table: tuple[AccessTable,
     assert found.port == 1
     routes.remove("u1")
     assert routes.address("u1") is None
+
+
+async def test_a_key_stays_with_the_instance_that_had_it_first(table: tuple[AccessTable, RouteTable]) -> None:
+    access, routes = table
+    routes.put(read_route(route_of(fake("theirs"), 1, "shared")))
+    for _ in range(2):
+        with pytest.raises(KeyTaken, match="another instance has one of its API keys"):
+            routes.put(read_route(route_of(fake("mine"), 2, "own", "shared")))
+        held, own = access.lookup(b"shared"), access.lookup(b"own")
+        assert held is not None
+        assert (held.instance_id, own) == ("theirs", None)
+        routes.remove("mine")
+    freed = routes.freed
+    routes.put(read_route(route_of(fake("theirs"), 1, "other")))
+    assert routes.freed == freed + 1
+    routes.put(read_route(route_of(fake("mine"), 2, "own", "shared")))
+    held = access.lookup(b"shared")
+    assert held is not None
+    assert held.instance_id == "mine"
+
+
+def test_a_key_that_two_claim_opens_the_older_instance_on_every_worker_and_the_other_one_after_it(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    cluster = start_cluster()
+    shared = secrets.token_hex(16)
+    instances = [declare(cluster, name) for name in ("one", "other")]
+    # In the list, which goes by name, the younger one is first.
+    instances.sort(key=lambda instance: str(instance["metadata"]["uid"]), reverse=True)
+    created = str(cluster.create(route_of(instances[0], redis.port, shared))["metadata"]["creationTimestamp"])
+    wait_for(lambda: datetime.now(UTC) >= datetime.fromisoformat(created) + timedelta(seconds=1), 2.0, "a second")
+    cluster.create(route_of(instances[1], free_port(), shared))
+    gateway = follow(cluster, tmp_path)
+    first, second = (instance["metadata"]["name"] for instance in instances[:2])
+    try:
+        everywhere(gateway, shared, 200)
+        wait_for(lambda: condition(cluster, second).get("reason") == "RouteInvalid", what="the refusal")
+        assert "give it a key of its own" in condition(cluster, second)["message"]
+        cluster.apply(route_of(instances[1], redis.port, shared))
+        everywhere(gateway, shared, 200, f"/redis/{instances[0]['metadata']['uid']}/get/key")
+        cluster.delete("RedisHttpInstance", "shop", first)
+        everywhere(gateway, shared, 200, f"/redis/{instances[1]['metadata']['uid']}/get/key")
+    finally:
+        gateway.stop()
+        cluster.stop()
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda secret: secret.update(type="kubernetes.io/tls"),
+        lambda secret: secret["metadata"].update(name="theirs"),
+    ],
+    ids=["another type", "another name"],
+)
+def test_a_secret_that_only_looks_like_a_route_changes_nothing(
+    cluster: Cluster, gateway: Gateway, redis: RedisServer, forge: Any
+) -> None:
+    token, forged = secrets.token_hex(16), secrets.token_hex(16)
+    victim = declare(cluster, f"victim-{secrets.token_hex(4)}")
+    genuine = route_of(victim, redis.port, token)
+    secret = route_of(victim, redis.port, forged)
+    forge(secret)
+    if secret["metadata"]["name"] == genuine["metadata"]["name"]:
+        cluster.create(secret)
+    else:
+        cluster.create(genuine)
+        everywhere(gateway, token, 200)
+        cluster.create(secret)
+    # What is heard of later has been heard of after it.
+    later = secrets.token_hex(16)
+    cluster.create(route_of(declare(cluster, f"later-{later}"), redis.port, later))
+    everywhere(gateway, later, 200)
+    assert all(get(gateway.port, forged).status == 401 for _ in range(8))
+    if secret["metadata"]["name"] != genuine["metadata"]["name"]:
+        cluster.delete("Secret", NAMESPACE, secret["metadata"]["name"])
+        assert all(get(gateway.port, token).status == 200 for _ in range(8))
 
 
 @pytest.mark.parametrize(
