@@ -1,7 +1,9 @@
 # Two images from one file:
 #
 #   docker build -t redisgate .                     the whole service for a trial: with PostgreSQL and Redis of its own
-#   docker run -p 3000:3000 redisgate               http://localhost:3000, demo@redisgate.dev / Demo123456!
+#   docker run -p 127.0.0.1:3000:3000 redisgate     http://localhost:3000, demo@redisgate.dev / Demo123456!
+#
+# (`-p 3000:3000` would let in everybody who reaches this machine: that account administers, and its password stands above.)
 #
 #   docker build --target gateway -t redisgate:gateway .      the gateway and the control plane alone, for production
 #   docker run --read-only --tmpfs /tmp -p 3000:3000 -e REDISGATE_REDIS_URL=redis://host:6379 -e REDISGATE_TOKEN=... redisgate:gateway
@@ -48,7 +50,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=30s CMD ["python", "-c", 
   "import os, urllib.request as u; u.urlopen('http://127.0.0.1:%s/health/ready' % os.environ.get('REDISGATE_PORT', '3000'), timeout=2)"]
 CMD ["redisgate", "serve"]
 
-# The trial: a redis-server from Debian, a PostgreSQL from its wheel.
+# The trial: a redis-server from Debian, a PostgreSQL from its wheel, and an administrator whose password everybody knows.
 FROM gateway AS service
 USER 0
 RUN apt-get update \

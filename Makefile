@@ -84,7 +84,7 @@ manifests: $(STAMPS)/dev
 	$(BIN)/python deploy/manifests.py --copy-definitions
 
 docs: $(STAMPS)/dev
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 	@echo 'build/site/index.html'
 
 lint: $(STAMPS)/dev $(PACKAGE)

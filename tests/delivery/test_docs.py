@@ -162,6 +162,20 @@ def test_blocks_that_are_not_run_say_why() -> None:
                 assert len(block.detail) > 10, (page, block)
 
 
+def test_every_metric_that_is_spoken_of_is_described() -> None:
+    described = set(re.findall(r"`(redisgate_[a-z_]+)`", (DOCS / "observability.md").read_text()))
+    for page in (DOCS / "capacity.md", DOCS / "runbooks.md", DOCS / "TROUBLESHOOTING.md"):
+        for name in re.findall(r"\bredisgate_[a-z_]+", page.read_text()):
+            assert re.sub(r"_(bucket|sum|count)$", "", name) in described, f"{page.name}: {name}"
+
+
+def test_nobody_is_told_to_open_the_trial_to_the_network() -> None:
+    for page in (*PAGES, ROOT / "Dockerfile"):
+        for line in page.read_text().splitlines():
+            if "docker run" in line and "redisgate:gateway" not in line:
+                assert not re.search(r"-p \d+:", line), f"{page.name}: {line}"
+
+
 def test_shell_blocks_are_marked_as_sh() -> None:
     for page in PAGES:
         for block in blocks(page):
@@ -185,13 +199,15 @@ def test_links_between_files_lead_somewhere() -> None:
 def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     mkdocs = Path(sys.executable).parent / "mkdocs"
     done = subprocess.run(
-        [mkdocs, "build", "--strict", "--quiet", "--config-file", ROOT / "mkdocs.yml", "--site-dir", tmp_path / "site"],
+        [mkdocs, "build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", tmp_path / "site"],
         capture_output=True,
         text=True,
         timeout=110,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "true"},
     )
     assert done.returncode == 0, done.stderr + done.stdout
+    pages_in_nav = re.findall(r"(?m)^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text())
+    assert len(pages_in_nav) == len(set(pages_in_nav))
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 15
     for page in pages:

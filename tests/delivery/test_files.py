@@ -105,6 +105,18 @@ def test_the_images_run_as_nobody_in_particular_and_say_whether_they_are_well() 
     assert [rest for name, rest in _instructions("service") if name == "USER"][-1] == "10001:10001"
 
 
+def test_the_trial_is_published_under_no_name_that_serves_in_production() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    builds = [step["with"] for step in workflow["jobs"]["publish"]["steps"] if "build-push" in step.get("uses", "")]
+    tags = {
+        build["target"]: [line.rpartition(":")[2] for line in build["tags"].split("\n") if line] for build in builds
+    }
+    assert set(tags) == {"gateway", "service"}
+    assert all(tag.endswith("trial") for tag in tags["service"])
+    # the chart asks for its appVersion, which has no v
+    assert tags["gateway"] == ["${{ steps.version.outputs.number }}", "latest"]
+
+
 def test_locked_requirements_have_hashes_and_no_addresses() -> None:
     for path in (ROOT / "requirements").glob("*.txt"):
         text = path.read_text()
