@@ -63,6 +63,8 @@ STOP_SECONDS: Final = 30.0
 """For redis-server to write what is in memory and end; then it is killed."""
 KILL_SECONDS: Final = 10.0
 """For a killed process to be gone."""
+APPEND_SECONDS: Final = 120.0
+"""For a loaded snapshot to be written into the append-only file."""
 CONNECT_SECONDS: Final = 2.0
 OVERHEAD_BYTES: Final = 2 * 1024 * 1024
 """Added to what an instance's data may take: Redis 7.0 itself takes 0.9 MiB, each connection some 20 KiB."""
@@ -292,12 +294,19 @@ class _Home:
         _remove_folder(self.old)  # of a loading that was over
         return False
 
-    def prepare(self, upload: Path, server: Server, persistence: bool) -> None:
+    def is_loading(self) -> bool:
+        """Whether an uploaded snapshot is in place of the data, and not kept yet: nothing but it may be loaded."""
+        self.mend()
+        loading = self._note("loading")
+        return loading not in ("", self.loaded()) and self.old.exists()
+
+    def prepare(self, upload: Path, server: Server) -> None:
         """Make the folder of an upload's data, after a look at it. Raises ProvisionError."""
         _remove_folder(self.new)
         self.new.mkdir(mode=0o700)
-        # An append-only file may begin with a snapshot, and a snapshot alone is one; Redis 7 makes its folder from it.
-        name = "appendonly.aof" if persistence else "dump.rdb"
+        # Never as an append-only file, which may begin with a snapshot: what follows in it are commands, and Redis runs
+        # them with every permission that there is. A snapshot holds data, and functions, which run as their caller.
+        name = "dump.rdb"
         shutil.copyfile(upload, self.new / name)
         os.chmod(self.new / name, 0o600)
         if server.identity is not None and os.geteuid() == 0:
@@ -444,14 +453,17 @@ class LocalProvisioner:
     async def _replace_data(self, home: _Home, spec: Spec, upload: UUID) -> Found:
         if not await asyncio.to_thread(home.is_swapped, upload):
             server = self._choose(spec.redis_version)
-            await asyncio.to_thread(home.prepare, upload_path(home.path, upload), server, spec.persistence)
+            await asyncio.to_thread(home.prepare, upload_path(home.path, upload), server)
             self._on_step("snapshot checked")
             await self.stop(spec)
             await asyncio.to_thread(home.swap, upload)
             self._on_step("snapshot in place")
         found = await self.ensure(spec)
         await self._check_room(home, spec)
-        await asyncio.to_thread(home.keep, upload, spec.persistence or spec.backup)
+        if spec.persistence:
+            await self._append_only(home, spec)
+            self._on_step("append-only file written")
+        await asyncio.to_thread(home.keep, upload, spec.backup)
         self._on_step("snapshot loaded")
         return found
 
@@ -469,6 +481,28 @@ class LocalProvisioner:
                 f"its data takes {used >> 20} MiB, and the instance has room for {most >> 20} MiB; give it more memory",
                 permanent=True,
             )
+
+    async def _append_only(self, home: _Home, spec: Spec) -> None:
+        """Have what was loaded written into an append-only file, which it goes on with from then."""
+        connection = await self._wait_until_it_answers(home, spec, None)
+        try:
+            (reply,) = await _ask(connection, [["CONFIG", "SET", "appendonly", "yes"]])
+            if isinstance(reply, ErrorReply):
+                raise ProvisionError(f"CONFIG SET appendonly was refused: {reply}")
+            deadline, pause = time.monotonic() + APPEND_SECONDS, 0.005
+            while True:
+                (reply,) = await _ask(connection, [["INFO", "persistence"]])
+                facts = parse_info(reply)
+                if facts.get("aof_last_bgrewrite_status") != "ok":
+                    raise ProvisionError("redis-server cannot write its data to the append-only file")
+                if facts.get("aof_rewrite_in_progress") == facts.get("aof_rewrite_scheduled") == "0":
+                    return
+                if time.monotonic() > deadline:
+                    raise ProvisionError(f"the append-only file was not written within {APPEND_SECONDS:g} s")
+                await asyncio.sleep(pause)
+                pause = min(pause * 1.5, 0.2)
+        finally:
+            connection.close(ReplyLost("done"))
 
     async def _put_back(self, home: _Home, spec: Spec) -> None:
         if await asyncio.to_thread(home.old.exists):
@@ -520,7 +554,8 @@ class LocalProvisioner:
         running = home.locked()
         server = None if running else self._choose(spec.redis_version)
         identity = server.identity if server is not None else None
-        home.make(_configuration(spec), identity)
+        # What was uploaded becomes an append-only file once it runs: without one, Redis would begin with no data.
+        home.make(_configuration(spec, append_only=spec.persistence and not home.is_loading()), identity)
         return server
 
     def _choose(self, wanted: str | None) -> Server:
@@ -691,7 +726,7 @@ class _NotOurs(Exception):
     """A process that lives there and does not answer as ours would."""
 
 
-def _configuration(spec: Spec) -> str:
+def _configuration(spec: Spec, append_only: bool) -> str:
     """redis.conf. Everything in it is ours or checked: nothing a user wrote gets here as text."""
     admin = hashlib.sha256((spec.admin_password or "").encode()).hexdigest()
     lines = [
@@ -705,7 +740,7 @@ def _configuration(spec: Spec) -> str:
         "always-show-logo no",
         f"maxmemory {spec.max_memory + OVERHEAD_BYTES}",
         f"maxmemory-policy {spec.eviction}",
-        f"appendonly {'yes' if spec.persistence else 'no'}",
+        f"appendonly {'yes' if append_only else 'no'}",
         "appendfsync everysec",
         "save 3600 1" if spec.backup else 'save ""',
         # A full disk must not be answered with refused writes where nobody asked for snapshots to be kept.

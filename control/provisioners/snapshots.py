@@ -11,6 +11,7 @@ An upload lies beside the instance's data until it is loaded:
 
 import asyncio
 import os
+import re
 import subprocess
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -29,6 +30,7 @@ CHECK_SECONDS: Final = 120.0
 """To look through an uploaded snapshot."""
 MAGIC: Final = b"REDIS"
 """How every snapshot begins."""
+_END: Final = re.compile(r"^\[offset (\d+)\] \S+ RDB looks OK!", re.MULTILINE)
 _DELIMITER_BYTES: Final = 40
 _MAX_LINE: Final = 1024
 
@@ -171,8 +173,10 @@ def upload_path(home: Path, upload: UUID) -> Path:
 def examine(server: str, folder: Path, name: str, identity: tuple[int, int] | None) -> None:
     """Have redis-server look through a file as redis-check-rdb, as the user that it will be loaded by. Blocks.
 
+    It looks into every value, as it does with a RESTORE that is not trusted; it does not look behind the end.
+
     Raises:
-        ProvisionError: it is no snapshot that this version can load.
+        ProvisionError: it is no snapshot that this version can load, or more than a snapshot.
     """
     uid, gid = identity if identity is not None else (None, None)
     try:
@@ -190,9 +194,12 @@ def examine(server: str, folder: Path, name: str, identity: tuple[int, int] | No
         )
     except subprocess.TimeoutExpired as error:
         raise ProvisionError(f"the snapshot could not be checked within {CHECK_SECONDS:g} s", permanent=True) from error
+    text = (done.stdout + done.stderr).decode("utf-8", "replace")
     if done.returncode != 0:
-        text = (done.stdout + done.stderr).decode("utf-8", "replace")
         raise ProvisionError(f"this is no snapshot that can be loaded here: {_reason(text)}", permanent=True)
+    end = _END.search(text)
+    if end is None or int(end[1]) != (folder / name).stat().st_size:
+        raise ProvisionError("this is no snapshot alone: something follows its end", permanent=True)
 
 
 def _reason(output: str) -> str:

@@ -137,6 +137,25 @@ async def test_loading_replaces_the_data_and_lasts_as_long_as_other_data(
     assert not list((folder / str(spec.id)).glob("*.rdb"))
 
 
+REPLICAOF = b"*3\r\n$9\r\nREPLICAOF\r\n$9\r\n127.0.0.1\r\n$4\r\n4199\r\n"
+
+
+async def test_an_uploaded_file_is_never_run_as_commands(
+    local: Local, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis replays what follows a snapshot in an append-only file with every permission: none is made of an upload."""
+    data = await source(local)
+    spec = make_spec()
+    await local.provisioner.ensure(spec)
+    chosen = upload(folder, spec, data + REPLICAOF)
+    monkeypatch.setattr("control.provisioners.local.examine", lambda *arguments: None)  # a look that sees nothing
+    with contextlib.suppress(ProvisionError):
+        await local.provisioner.load(spec, chosen)
+    found = await local.provisioner.ensure(spec)
+    assert await call(found, "SET", "written", "1") == "OK"
+    assert "role:master" in await call(found, "INFO", "replication")
+
+
 def damaged(data: bytes) -> bytes:
     return data[: len(data) // 2] + b"\xff\xfe" + data[len(data) // 2 + 2 :]
 
@@ -148,8 +167,10 @@ def damaged(data: bytes) -> bytes:
         (lambda data: data[:-20], "no snapshot"),
         (damaged, "no snapshot"),
         (lambda data: b"REDIS9999" + data[9:], "Can't handle RDB format version 9999"),
+        (lambda data: data + REPLICAOF, "something follows its end"),
+        (lambda data: b"REDIS0010\xff" + bytes(8) + REPLICAOF, "something follows its end"),
     ],
-    ids=["no RDB", "cut off", "damaged", "from the future"],
+    ids=["no RDB", "cut off", "damaged", "from the future", "with a command", "nothing but a command"],
 )
 async def test_what_is_no_good_snapshot_changes_nothing(local: Local, folder: Path, change: Any, reason: str) -> None:
     data = change(await source(local))
@@ -218,7 +239,11 @@ async def _of_two_databases(folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "step", ["snapshot checked", "stopped", "snapshot in place", "prepared", "started", "adjusted", "snapshot loaded"]
+    "step",
+    [
+        *("snapshot checked", "stopped", "snapshot in place", "prepared", "started", "adjusted"),
+        *("append-only file written", "snapshot loaded"),
+    ],
 )
 async def test_a_loading_that_was_cut_off_is_finished(local: Local, folder: Path, step: str) -> None:
     data = await source(local)
@@ -227,6 +252,9 @@ async def test_a_loading_that_was_cut_off_is_finished(local: Local, folder: Path
     found = await local.load_through_a_crash(spec, upload(folder, spec, data), step)
     assert await call(found, "GET", "text") == "from the snapshot"
     assert await call(found, "EXISTS", "before") == 0
+    assert await call(found, "SET", "after", "2") == "OK"
+    await local.provisioner.stop(spec)
+    assert await call(await local.provisioner.ensure(spec), "MGET", "text", "after") == ["from the snapshot", "2"]
 
 
 async def test_between_the_two_renames_the_data_is_found_again(local: Local, folder: Path) -> None:
