@@ -117,7 +117,7 @@ async def record(
     called a password, secret or token is masked. `outcome` is success, failure or denied. The organization is the one
     that the request's path names, unless given.
     """
-    actor = _actor(acting)
+    actor = actor_of(acting)
     organization = organization_id or actor.organization_id
     head = await connection.fetchrow(
         "SELECT head.*, set_config('idle_in_transaction_session_timeout', $3, true)"
@@ -158,10 +158,11 @@ async def record(
 
 def as_user(acting: Acting, user_id: UUID, name: str) -> Actor:
     """Somebody who has just shown who they are, from where `acting` came."""
-    return dataclasses.replace(_actor(acting), kind="user", id=user_id, name=name)
+    return dataclasses.replace(actor_of(acting), kind="user", id=user_id, name=name)
 
 
-def _actor(acting: Acting) -> Actor:
+def actor_of(acting: Acting) -> Actor:
+    """Who acts."""
     return acting if isinstance(acting, Actor) else acting.actor()
 
 

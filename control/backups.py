@@ -14,19 +14,21 @@ from typing import Final
 from uuid import UUID
 
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from control import audit, hosts, instances
 from control.database import Connection, Record
 from control.http import ApiError, BadRequest, Conflict, Context, TooManyRequests, Unavailable
 from control.provisioners import ADMIN_USER, ProvisionError
 from control.provisioners.local import OVERHEAD_BYTES
-from control.provisioners.snapshots import MAGIC, WrongPart, receive, take
+from control.provisioners.snapshots import MAGIC, Occupied, WrongPart, keep_only, receive, take, upload_path
 from control.settings import instances_dir
 from resp.address import Address
 
-MAX_AT_ONCE: Final = 2
-"""Snapshots that one worker hands out at a time; more are told to come again."""
+MAX_AT_ONCE: Final = 4
+"""Snapshots that one worker hands out at a time, each to another organization; more are told to come again."""
+STALL_SECONDS: Final = 10.0
+"""For a client to take a piece of a snapshot: who takes longer keeps others from theirs, and is cut off."""
 RETRY_SECONDS: Final = 10.0
 LOAD_STEP: Final = "load a snapshot"
 
@@ -63,8 +65,13 @@ class SnapshotResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
+
+        async def send_soon(message: Message) -> None:
+            async with asyncio.timeout(STALL_SECONDS):
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_soon)
         finally:
             await self.close()
 
@@ -82,33 +89,55 @@ async def hand_out(
         NotFound, BadRequest, Conflict: there is no such instance, or not here, or it does not run.
         TooManyRequests, Unavailable: not now.
     """
-    if context.extra.get(_RUNNING, 0) >= MAX_AT_ONCE:
-        raise TooManyRequests(f"{MAX_AT_ONCE} snapshots are being made already; try again", RETRY_SECONDS)
-    async with context.database.transaction() as connection:
-        row = await _find_here(context, connection, organization_id, instance_id)
-        if row["status"] not in ("running", "updating") or row["endpoint"] is None:
-            raise Conflict(f"it is {row['status']}; only a running instance has its data at hand")
-        password = instances.decrypt(row, "admin_password", context.encryption)
-        await audit.record(
-            connection, acting, "instances.backup", ("instance", instance_id), organization_id=organization_id
-        )
-    chunks = _counted(context, Address(path=row["endpoint"]["unix"], username=ADMIN_USER, password=password or ""))
+    slot = _Slot(context, organization_id)  # before anything is waited for: two cannot find the same one free
     try:
+        async with context.database.transaction() as connection:
+            row = await _find_here(context, connection, organization_id, instance_id)
+            if row["status"] not in ("running", "updating") or row["endpoint"] is None:
+                raise Conflict(f"it is {row['status']}; only a running instance has its data at hand")
+            password = instances.decrypt(row, "admin_password", context.encryption)
+            await audit.record(
+                connection, acting, "instances.backup", ("instance", instance_id), organization_id=organization_id
+            )
+        address = Address(path=row["endpoint"]["unix"], username=ADMIN_USER, password=password or "")
+        chunks = _until_the_end(slot, take(address))
         first = await anext(chunks)
     except ProvisionError as error:
+        slot.free()
         raise Unavailable(f"no snapshot could be made: {error}; try again") from error
+    except BaseException:
+        slot.free()
+        raise
     moment = context.now().strftime("%Y%m%d-%H%M%S")
     return SnapshotResponse(first, chunks, f"{row['slug']}-{moment}.rdb")
 
 
-async def _counted(context: Context, address: Address) -> AsyncGenerator[bytes, None]:
-    context.extra[_RUNNING] = context.extra.get(_RUNNING, 0) + 1
-    chunks = take(address)
+class _Slot:
+    """One of the snapshots that a worker hands out at a time: an organization has one, and leaves others the rest."""
+
+    def __init__(self, context: Context, organization_id: UUID) -> None:
+        self._taken: set[UUID] = context.extra.setdefault(_RUNNING, set())
+        self._organization_id = organization_id
+        if organization_id in self._taken:
+            raise TooManyRequests("a snapshot of this organization is being taken already; try again", RETRY_SECONDS)
+        if len(self._taken) >= MAX_AT_ONCE:
+            raise TooManyRequests(f"{MAX_AT_ONCE} snapshots are being taken already; try again", RETRY_SECONDS)
+        self._taken.add(organization_id)
+        self._free = False
+
+    def free(self) -> None:
+        """Leave it to the next one; once is enough."""
+        if not self._free:
+            self._free = True
+            self._taken.discard(self._organization_id)
+
+
+async def _until_the_end(slot: _Slot, chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     try:
         async for chunk in chunks:
             yield chunk
     finally:
-        context.extra[_RUNNING] -= 1
+        slot.free()
         await chunks.aclose()
 
 
@@ -147,9 +176,12 @@ async def take_in(context: Context, acting: audit.Acting, organization_id: UUID,
         raise BadRequest(
             "this is no snapshot: an RDB file begins with REDIS", {"snapshot": "is no RDB file: choose another"}
         )
-    home = _home(context, instance_id)
+    home, actor = _home(context, instance_id), audit.actor_of(acting)
+    uploader = f"{actor.kind}-{actor.id}"
     try:
-        upload = await asyncio.to_thread(receive, home, part.start, part.content, part.total)
+        upload = await asyncio.to_thread(receive, home, uploader, part.start, part.content, part.total)
+    except Occupied as error:
+        raise Conflict("somebody else is uploading a snapshot of this instance; wait until it is loaded") from error
     except WrongPart as error:
         raise Conflict(
             f"this part begins at {part.start}, and {error.arrived} bytes have arrived; go on there or begin at 0",
@@ -159,18 +191,23 @@ async def take_in(context: Context, acting: audit.Acting, organization_id: UUID,
         raise Unavailable(f"the snapshot cannot be stored: {error.strerror}; nothing was changed") from error
     if upload is None:
         return False
-    async with context.database.transaction() as connection:
-        row = await instances.lock(connection, organization_id, instance_id)
-        _check_loadable(row)
-        await instances.set_columns(connection, instance_id, {"load_upload": upload})
-        await audit.record(
-            connection,
-            acting,
-            "instances.load",
-            ("instance", instance_id),
-            after={"bytes": part.total},
-            organization_id=organization_id,
-        )
+    try:
+        async with context.database.transaction() as connection:
+            row = await instances.lock(connection, organization_id, instance_id)
+            _check_loadable(row)
+            await asyncio.to_thread(keep_only, home, upload)
+            await instances.set_columns(connection, instance_id, {"load_upload": upload})
+            await audit.record(
+                connection,
+                acting,
+                "instances.load",
+                ("instance", instance_id),
+                after={"bytes": part.total},
+                organization_id=organization_id,
+            )
+    except ApiError:
+        await asyncio.to_thread(upload_path(home, upload).unlink, True)
+        raise
     return True
 
 

@@ -49,7 +49,7 @@ from control.provisioners import (
     Spec,
     version_matches,
 )
-from control.provisioners.snapshots import examine, upload_path
+from control.provisioners.snapshots import examine, sweep, upload_path
 from redisgate.config import ConfigError
 from resp.address import Address
 from resp.connection import Connection, connect
@@ -416,7 +416,9 @@ class LocalProvisioner:
     async def alive(self, spec: Spec) -> str | None:
         """See `Provisioner.alive`."""
         recorded = spec.process or {}
-        pid = await self._pid(self._home(spec.id))
+        home = self._home(spec.id)
+        pid = await self._pid(home)
+        await asyncio.to_thread(sweep, home.path)
         self._reap()
         if pid is None:
             return f"redis-server ended{self._endings.pop(spec.id, '')}"

@@ -5,14 +5,16 @@ file is written on the way, and what is sent is one moment's data.
 
 An upload lies beside the instance's data until it is loaded:
 
-    <instances_dir>/<id>/upload.part       what has arrived
-                         upload-<id>.rdb   whole; `LocalProvisioner.load` takes it from here
+    <instances_dir>/<id>/upload.<uploader>.<bytes>.part   what has arrived, of so many bytes altogether
+                         upload-<id>.rdb                  whole; `LocalProvisioner.load` takes it from here
 """
 
 import asyncio
+import math
 import os
 import re
 import subprocess
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Final
@@ -28,6 +30,10 @@ SNAPSHOT_SECONDS: Final = 60.0
 """For redis-server to begin with a snapshot, and between two parts of it."""
 CHECK_SECONDS: Final = 120.0
 """To look through an uploaded snapshot."""
+UPLOAD_SECONDS: Final = 60.0
+"""Between two parts of an upload; then another one may take its place."""
+ABANDONED_SECONDS: Final = 3600.0
+"""After its last part an upload is removed."""
 MAGIC: Final = b"REDIS"
 """How every snapshot begins."""
 _END: Final = re.compile(r"^\[offset (\d+)\] \S+ RDB looks OK!", re.MULTILINE)
@@ -132,19 +138,27 @@ class WrongPart(Exception):
         self.arrived = arrived
 
 
-def receive(home: Path, start: int, content: bytes, total: int) -> UUID | None:
+class Occupied(Exception):
+    """Somebody else's upload is under way."""
+
+
+def receive(home: Path, uploader: str, start: int, content: bytes, total: int) -> UUID | None:
     """Take a part of an upload that begins at `start`; the upload's id once all `total` bytes are there, else None.
 
-    A part at 0 begins anew. Blocks.
+    An instance takes one upload at a time; it belongs to who began it, and all its parts name the same total. A part at
+    0 begins anew. Blocks.
 
     Raises:
         WrongPart: it begins where nothing is missing.
+        Occupied: it is another's turn.
         OSError: the instance's folder is not on this host, or the disk is full; nothing is kept.
     """
-    part = home / "upload.part"
+    part = home / f"upload.{uploader}.{total}.part"
     arrived = part.stat().st_size if start and part.exists() else 0
     if start != arrived:
         raise WrongPart(arrived)
+    if not start:
+        _make_room(home, uploader)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (0 if start else os.O_TRUNC), 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:  # a descriptor is not cut off, whatever the mode says
@@ -159,10 +173,36 @@ def receive(home: Path, start: int, content: bytes, total: int) -> UUID | None:
         return None
     upload = uuid4()
     part.rename(upload_path(home, upload))
+    return upload
+
+
+def _make_room(home: Path, uploader: str) -> None:
+    for other in home.glob("upload.*.part"):
+        if not other.name.startswith(f"upload.{uploader}.") and _age(other) < UPLOAD_SECONDS:
+            raise Occupied
+        other.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Seconds since it was written to; one that is gone is as old as can be."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
+
+
+def keep_only(home: Path, upload: UUID) -> None:
+    """Remove whole uploads but this one, which is wanted now: nobody waits for them. Blocks."""
     for other in home.glob("upload-*.rdb"):
         if other != upload_path(home, upload):
-            other.unlink(missing_ok=True)  # nobody waits for it: this one is wanted now
-    return upload
+            other.unlink(missing_ok=True)
+
+
+def sweep(home: Path) -> None:
+    """Remove what has arrived of uploads that nobody goes on with. Blocks."""
+    for part in home.glob("upload.*part"):
+        if _age(part) > ABANDONED_SECONDS:
+            part.unlink(missing_ok=True)
 
 
 def upload_path(home: Path, upload: UUID) -> Path:

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
 import secrets
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,12 +15,23 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 
 from control import backups, hosts, instances
-from control.http import Context, TooManyRequests
+from control.http import Context, NotFound, TooManyRequests
 from control.provisioners import ADMIN_USER, Found, ProvisionError, Spec
 from control.provisioners.local import LocalProvisioner, stop_everything
-from control.provisioners.snapshots import CHUNK_BYTES, WrongPart, receive, take, upload_path
+from control.provisioners.snapshots import (
+    ABANDONED_SECONDS,
+    CHUNK_BYTES,
+    UPLOAD_SECONDS,
+    Occupied,
+    WrongPart,
+    keep_only,
+    receive,
+    take,
+    upload_path,
+)
 from resp.address import Address
 from tests.control import people
 from tests.control.conftest import Service
@@ -80,7 +93,7 @@ async def snapshot_of(spec: Spec, found: Found) -> bytes:
 
 
 def upload(folder: Path, spec: Spec, content: bytes) -> uuid.UUID:
-    found = receive(folder / str(spec.id), 0, content, len(content))
+    found = receive(folder / str(spec.id), "user-1", 0, content, len(content))
     assert found is not None
     return found
 
@@ -275,27 +288,59 @@ async def test_between_the_two_renames_the_data_is_found_again(local: Local, fol
 
 
 def test_parts_follow_each_other(tmp_path: Path) -> None:
-    assert receive(tmp_path, 0, b"REDIS00", 12) is None
+    assert receive(tmp_path, "user-1", 0, b"REDIS00", 12) is None
     with pytest.raises(WrongPart) as caught:
-        receive(tmp_path, 9, b"x", 12)
+        receive(tmp_path, "user-1", 9, b"x", 12)
     assert caught.value.arrived == 7
-    assert receive(tmp_path, 0, b"REDIS", 12) is None  # anew
-    assert receive(tmp_path, 5, b"0009", 12) is None
-    first = receive(tmp_path, 9, b"end", 12)
+    assert receive(tmp_path, "user-1", 0, b"REDIS", 12) is None  # anew
+    assert receive(tmp_path, "user-1", 5, b"0009", 12) is None
+    with pytest.raises(WrongPart):
+        receive(tmp_path, "user-1", 9, b"more than", 30)  # it was to have 12 bytes
+    first = receive(tmp_path, "user-1", 9, b"end", 12)
     assert first is not None
     assert upload_path(tmp_path, first).read_bytes() == b"REDIS0009end"
-    second = receive(tmp_path, 0, b"REDIS", 5)
+    second = receive(tmp_path, "user-1", 0, b"REDIS", 5)
     assert second is not None
+    assert upload_path(tmp_path, first).exists()  # whoever loads one decides, while nobody else can
+    keep_only(tmp_path, second)
     assert [path.name for path in tmp_path.iterdir()] == [upload_path(tmp_path, second).name]
     with pytest.raises(WrongPart):
-        receive(tmp_path, 3, b"x", 9)
+        receive(tmp_path, "user-1", 3, b"x", 9)
 
 
-async def test_a_worker_hands_out_so_many_at_a_time(local: Local, context: Context, client: httpx.AsyncClient) -> None:
+def test_two_people_do_not_upload_into_one_file(tmp_path: Path) -> None:
+    assert receive(tmp_path, "user-1", 0, b"REDIS", 12) is None
+    with pytest.raises(Occupied):
+        receive(tmp_path, "user-2", 0, b"REDIS", 12)
+    with pytest.raises(WrongPart):
+        receive(tmp_path, "user-2", 5, b"0009end", 12)
+    (part,) = tmp_path.iterdir()
+    os.utime(part, (0, time.time() - UPLOAD_SECONDS - 1))  # and then the first one went away
+    assert receive(tmp_path, "user-2", 0, b"REDIS", 12) is None
+    with pytest.raises(WrongPart):
+        receive(tmp_path, "user-1", 5, b"0009end", 12)
+    assert receive(tmp_path, "user-2", 5, b"0009end", 12) is not None
+
+
+async def test_an_upload_that_nobody_goes_on_with_is_removed(local: Local, folder: Path) -> None:
+    spec = make_spec()
+    found = await local.provisioner.ensure(spec)
+    running = dataclasses.replace(spec, process=found.process)
+    home = folder / str(spec.id)
+    assert receive(home, "user-1", 0, b"REDIS", 12) is None
+    assert await local.provisioner.alive(running) is None
+    (part,) = home.glob("upload*")
+    os.utime(part, (0, time.time() - ABANDONED_SECONDS - 1))
+    assert await local.provisioner.alive(running) is None
+    assert not list(home.glob("upload*"))
+
+
+async def large_instance(local: Local, context: Context, person: people.Person) -> uuid.UUID:
+    """With so much data that a snapshot of it takes several parts."""
     spec = make_spec(max_memory=64 * MIB)
     found = await local.provisioner.ensure(spec)
     await call(found, "SET", "large", "x" * (8 * CHUNK_BYTES))
-    person = await people.register(client)
+    await call(found, "SET", "incompressible", secrets.token_hex(8 * MIB))
     await put_instance(context, person.organization_id, spec.id, found.endpoint)
     here = await asyncio.to_thread(hosts.host_id, context.gateway_settings.state_dir)
     await hosts.register(context.database, here, "here", [])
@@ -307,18 +352,55 @@ async def test_a_worker_hands_out_so_many_at_a_time(local: Local, context: Conte
         encrypted,
     )
 
-    async def take_one() -> backups.SnapshotResponse:
-        return await backups.hand_out(context, context.audit.system("tests"), person.organization_id, spec.id)
+    return spec.id
 
-    under_way = [await take_one() for _ in range(backups.MAX_AT_ONCE)]
-    with pytest.raises(TooManyRequests):
-        await take_one()
-    await under_way.pop().close()  # a client that left
-    last = await take_one()
+
+async def test_an_organization_takes_one_snapshot_at_a_time_and_leaves_others_theirs(
+    local: Local, context: Context, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backups, "MAX_AT_ONCE", 2)
+    who = [await people.register(client) for _ in range(3)]
+    theirs = [(person.organization_id, await large_instance(local, context, person)) for person in who]
+
+    async def take_one(whose: int) -> backups.SnapshotResponse:
+        return await backups.hand_out(context, context.audit.system("tests"), *theirs[whose])
+
+    at_once = await asyncio.gather(*(take_one(0) for _ in range(5)), return_exceptions=True)
+    (under_way,) = [response for response in at_once if isinstance(response, backups.SnapshotResponse)]
+    assert sum(isinstance(response, TooManyRequests) for response in at_once) == 4
+    other = await take_one(1)
+    with pytest.raises(TooManyRequests, match="2 snapshots are being taken"):
+        await take_one(2)
+    await under_way.close()  # a client that left
+    last = await take_one(2)
     assert len(b"".join([bytes(chunk) async for chunk in last.body_iterator])) > 0  # type: ignore[arg-type]
-    for response in under_way:
-        await response.close()
-    assert context.extra["backups.running"] == 0
+    await other.close()
+    with pytest.raises(NotFound):
+        await backups.hand_out(context, context.audit.system("tests"), theirs[0][0], uuid.uuid4())
+    assert context.extra["backups.running"] == set()
+
+
+async def test_who_stops_taking_a_snapshot_is_cut_off(
+    local: Local, context: Context, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backups, "STALL_SECONDS", 0.05)
+    person = await people.register(client)
+    instance_id = await large_instance(local, context, person)
+    response = await backups.hand_out(context, context.audit.system("tests"), person.organization_id, instance_id)
+    never = asyncio.Event()
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            await never.wait()
+
+    async def receive() -> Any:
+        await never.wait()
+
+    scope = {"type": "http", "method": "GET", "headers": [], "asgi": {"version": "3.0", "spec_version": "2.4"}}
+    async with asyncio.timeout(10):
+        with pytest.raises(ClientDisconnect):
+            await response(scope, receive, send)
+    assert context.extra["backups.running"] == set()
 
 
 # Through the whole service; not earlier, for its steward looks after all that is in the database
