@@ -51,6 +51,7 @@ PAGE_MODULES: Final = (
     "console",
 )
 """Of `control.dashboard`; importing one registers its pages."""
+STATIC_ROUTE: Final = "/static/{version}/{path:path}"
 Answer = Callable[[Request, Mapping[str, Endpoint], Context], Awaitable[Response]]
 
 MAX_WAITING_PASSWORDS: Final = 256
@@ -100,6 +101,13 @@ def load_pages() -> dict[str, dict[str, Endpoint]]:
     return _by_path(pages.PAGES)
 
 
+def prepare() -> None:
+    """Load all that a worker serves, before workers are forked: they share it, and serve from their first request."""
+    load_endpoints()
+    load_pages()
+    pages.prepare()
+
+
 def _by_path(entries: dict[tuple[str, str], Endpoint]) -> dict[str, dict[str, Endpoint]]:
     found: defaultdict[str, dict[str, Endpoint]] = defaultdict(dict)
     for (path, method), entry in entries.items():
@@ -116,11 +124,22 @@ class _Path:
         self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self._answer(Request(scope, receive), self._endpoints, self._context)
+        request = Request(scope, receive)
+        route = next(iter(self._endpoints.values())).path
+        answering = self._answer(request, self._endpoints, self._context)
+        response = await http.measured(request, route, answering)
         await response(scope, receive, send)
 
 
+async def _static(request: Request) -> Response:
+    return await http.measured(request, STATIC_ROUTE, pages.static(request))
+
+
 async def _not_found(request: Request, error: Exception) -> Response:
+    return await http.measured(request, None, _nothing_here(request))
+
+
+async def _nothing_here(request: Request) -> Response:
     if "text/html" in request.headers.get("accept", ""):
         return await pages.not_found(request, request.app.state.context)
     return failure(ApiError(404, "there is nothing at this address; see /docs for what there is"))
@@ -135,7 +154,7 @@ def make_app(context: Context) -> Starlette:
     """The application over a context, which it does not close."""
     routes = [Route(path, _Path(http.answer, endpoints, context)) for path, endpoints in _ordered(load_endpoints())]
     routes += [Route(path, _Path(pages.answer, endpoints, context)) for path, endpoints in _ordered(load_pages())]
-    routes.append(Route("/static/{version}/{path:path}", pages.static))
+    routes.append(Route(STATIC_ROUTE, _static))
     app = Starlette(routes=routes, exception_handlers={404: _not_found})
     app.router.redirect_slashes = False
     app.state.context = context

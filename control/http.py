@@ -52,6 +52,8 @@ MAX_PAGE_LIMIT: Final = 100
 MAX_BODY_BYTES: Final = 1024 * 1024
 """Of a request's body, else 413."""
 MAX_PAGE: Final = 1_000_000
+NO_ROUTE: Final = "none"
+"""What metrics call addresses at which there is nothing."""
 RETRY_SECONDS: Final = 2
 """After which a client tries again when PostgreSQL is away."""
 
@@ -421,31 +423,62 @@ def endpoint(
 async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: Context) -> Response:
     """Answer a request to a path whose endpoints are these, by method."""
     identifier = request_id(request)
-    began = time.perf_counter_ns()
-    path = next(iter(endpoints.values())).path
-    tracing.name_route(request.method, path)
-    try:
+
+    async def work() -> Response:
         chosen = endpoints.get("GET" if request.method == "HEAD" else request.method)
         if chosen is None:
             allowed = sorted({*endpoints, *(("HEAD",) if "GET" in endpoints else ())})
             raise ApiError(405, f"use {' or '.join(allowed)} here", headers={"Allow": ", ".join(allowed)})
-        api_request = ApiRequest(request, chosen, context, identifier)
-        result = await _call(api_request)
-        response = result if isinstance(result, Response) else _success(chosen, result)
+        result = await _call(ApiRequest(request, chosen, context, identifier))
+        return result if isinstance(result, Response) else _success(chosen, result)
+
+    async def failed(error: ApiError) -> Response:
+        return failure(error)
+
+    response = await answered(request, work, failed)
+    response.headers.setdefault("X-Request-Id", identifier)
+    response.headers.setdefault("Cache-Control", "no-store")
+    return response
+
+
+async def answered(
+    request: Request,
+    work: Callable[[], Awaitable[Response]],
+    failed: Callable[[ApiError], Awaitable[Response]],
+    *,
+    away: str = "the database is not available at the moment; try again",
+) -> Response:
+    """The answer that `work` makes; `failed` makes one of what went wrong, `away` says that PostgreSQL is."""
+    try:
+        return await work()
     except ApiError as error:
-        response = failure(error)
+        return await failed(error)
     except DatabaseAway as error:
         WORKER.database_errors += 1
         log.warning("%s %s: %s", request.method, request.url.path, error)
-        response = failure(Unavailable("the database is not available at the moment; try again"))
+        return await failed(Unavailable(away))
     except ClientDisconnect:
-        response = Response(status_code=400)
+        return Response(status_code=400)
     except Exception as error:
-        response = failure(unexpected(error, request))
+        return await failed(unexpected(error, request))
+
+
+async def measured(request: Request, route: str | None, answering: Awaitable[Response]) -> Response:
+    """The answer; metrics and trace know it by its route, None where there is nothing."""
+    began = time.perf_counter_ns()
     method = request.method if request.method.encode() in METHODS else "other"
-    WORKER.control_answered(path, method, response.status_code, time.perf_counter_ns() - began)
-    response.headers.setdefault("X-Request-Id", identifier)
-    response.headers.setdefault("Cache-Control", "no-store")
+
+    def count(status: int) -> None:
+        WORKER.control_answered(route or NO_ROUTE, method, status, time.perf_counter_ns() - began)
+
+    if route is not None:
+        tracing.name_route(request.method, route)
+    try:
+        response = await answering
+    except Exception:
+        count(500)  # which is what the server makes of it
+        raise
+    count(response.status_code)
     return response
 
 
@@ -625,7 +658,8 @@ async def _record_refusal(request: ApiRequest) -> None:
     name, value = next(reversed(request.path.items()), ("route", request.endpoint.path))
     target = ({"org_id": "organization", "key_id": "api_key"}.get(name, name.removesuffix("_id")), value)
     async with request.context.database.transaction() as connection:
-        await audit.record(connection, request, permission, target, outcome="denied")
+        action = "platform.administer" if permission == "admin" else permission
+        await audit.record(connection, request, action, target, outcome="denied")
 
 
 async def _exists(request: ApiRequest, organization_id: UUID) -> bool:

@@ -31,7 +31,7 @@ from uuid import UUID
 import jinja2
 import msgspec
 from markupsafe import Markup, escape
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from control import http
@@ -311,6 +311,18 @@ def environment() -> jinja2.Environment:
     return made
 
 
+def prepare() -> None:
+    """Read and compile everything that pages are made of: a supervisor does it once for all of its workers.
+
+    A worker would do so at the first request for each page, and answer nobody else meanwhile.
+    """
+    for name in environment().list_templates(extensions=["html"]):
+        environment().get_template(name)
+    for language in LANGUAGES:
+        texts(language)
+    static_files()
+
+
 def _moment(value: datetime | None, empty: str = NOTHING) -> Markup:
     """A point in time: in UTC, which the page's script turns into the reader's own."""
     if value is None:
@@ -452,22 +464,17 @@ async def answer(request: Request, endpoints: Mapping[str, Endpoint], context: C
     method = "GET" if request.method == "HEAD" else request.method
     chosen = endpoints.get(method)
     page_request = PageRequest(request, chosen or next(iter(endpoints.values())), context, request_id)
-    try:
+
+    async def work() -> Response:
         if chosen is None:
             allowed = ", ".join(sorted({*endpoints, *(("HEAD",) if "GET" in endpoints else ())}))
             raise ApiError(405, page_request.texts("common.method_not_allowed"), headers={"Allow": allowed})
-        response = await _call(page_request)
-    except Unauthorized:
-        response = _to_sign_in(page_request)
-    except ApiError as error:
-        response = await error_page(page_request, error)
-    except DatabaseAway as error:
-        log.warning("%s %s: %s", request.method, request.url.path, error)
-        response = await error_page(page_request, http.Unavailable(page_request.texts("common.database_away")))
-    except ClientDisconnect:
-        response = Response(status_code=400)
-    except Exception as error:
-        response = await error_page(page_request, http.unexpected(error, request))
+        return await _call(page_request)
+
+    async def failed(error: ApiError) -> Response:
+        return _to_sign_in(page_request) if isinstance(error, Unauthorized) else await error_page(page_request, error)
+
+    response = await http.answered(request, work, failed, away=page_request.texts("common.database_away"))
     for name, value in page_request.cookies:
         response.headers.append(name, value)
     for name, value in SECURITY_HEADERS.items():
@@ -586,7 +593,10 @@ async def error_page(request: PageRequest, error: ApiError) -> Response:
         return Response(error.message, error.status, media_type="text/plain", headers=error.headers)
     try:
         return await render(request, "error.html", error=error, status_code=error.status)
-    except (DatabaseAway, ApiError):
+    except Exception as again:
+        # What surrounds a page may fail as the page did; anything else is to be found in the log.
+        if not isinstance(again, (DatabaseAway, ApiError)):
+            http.unexpected(again, request.raw)
         anonymous = PageRequest(request.raw, request.endpoint, request.context, request.request_id)
         anonymous.cookies = request.cookies
         return await render(anonymous, "error.html", error=error, status_code=error.status)

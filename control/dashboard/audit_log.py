@@ -24,6 +24,8 @@ AREAS: Final = (
     "console",
     "users",
     "sessions",
+    "platform",
+    "log_level",
 )
 """What actions begin with."""
 OUTCOMES: Final = ("success", "failure", "denied")

@@ -1,5 +1,7 @@
 """The dashboard's frame: sessions, forms, messages, languages, static files, the catalogue."""
 
+import ast
+import logging
 import re
 import tomllib
 from pathlib import Path
@@ -8,8 +10,15 @@ import httpx
 import pytest
 
 from control import pages as frame
-from control.app import load_pages
+from control.app import load_endpoints, load_pages
+from control.console import DELETES_KEYS, RUNS_DANGEROUS
+from control.dashboard.audit_log import AREAS
+from control.database import Database
+from control.http import SPECIAL_PERMISSIONS, Context
 from control.pages import LANGUAGES, texts
+from redisgate.config import Settings
+from redisgate.counters import WORKER
+from redisgate.supervisor import _prepare_control_plane
 from tests.control.people import PASSWORD, join, register, registration
 from tests.dashboard.conftest import Pages
 
@@ -214,6 +223,30 @@ async def test_static_files_are_kept_by_browsers_and_sent_compressed(client: htt
         assert (await client.get(f"/static/{frame.static_files().version}/{path}")).status_code == 404
 
 
+async def test_a_page_that_finds_the_database_away_says_so_and_is_counted(
+    pages: Pages, context: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    await pages.get("/login")
+    database, before = context.database, WORKER.database_errors
+    context.database = Database("postgresql://u:p@/d?host=/nonexistent")
+    shown = await pages.post("/login", 503, email="a@example.com", password=PASSWORD)
+    context.database = database
+    assert shown.headers["retry-after"]
+    assert texts("en")("common.database_away") in shown.text.replace("&#39;", "'")
+    assert WORKER.database_errors == before + 1
+    assert WORKER.control["/login", "POST", 503][0] >= 1
+
+
+def test_all_templates_are_compiled_before_workers_are_forked(settings: Settings) -> None:
+    frame.environment.cache_clear()
+    _prepare_control_plane(settings)
+    made = frame.environment()
+    assert made.cache is not None
+    compiled = {name for _, name in made.cache.keys()}
+    assert compiled == set(made.list_templates(extensions=["html"]))
+
+
 # The catalogue
 
 
@@ -244,6 +277,33 @@ def test_texts_that_templates_use_exist_and_none_is_left_over() -> None:
     assert not missing
     left = {key for key in known - used if key.removesuffix("_one") not in used and not key.startswith(tuple(prefixes))}
     assert not left
+
+
+def test_every_action_of_the_audit_log_has_a_text_and_an_area() -> None:
+    actions, prefixes = {RUNS_DANGEROUS, DELETES_KEYS}, set()
+    for file in (TEMPLATES.parent / "control").rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            if name not in ("record", "note"):
+                continue
+            for part in (part for argument in call.args[1:3] for part in ast.walk(argument)):
+                text = part.value if isinstance(part, ast.Constant) else None
+                if isinstance(text, str) and re.fullmatch(r"[a-z_]+\.[a-z_]*", text):
+                    (prefixes if text.endswith(".") else actions).add(text)  # f"instances.{action}" begins so
+    assert {"instances.create", "users.enable", "log_level.set"} <= actions
+    assert prefixes == {"instances."}
+    # Who is refused is on record under the permission.
+    for endpoints in (*load_endpoints().values(), *load_pages().values()):
+        actions |= {one.permission for one in endpoints.values() if one.method != "GET"}
+    actions = actions - set(SPECIAL_PERMISSIONS) | {"platform.administer"}
+    for language in LANGUAGES:
+        found = texts(language)
+        missing = {action for action in actions if f"organization.action.{action}" not in found.keys()}
+        assert not missing, language
+    areas = {action.partition(".")[0] for action in actions}
+    assert areas == set(AREAS)
 
 
 def test_catalogues_are_read_whole() -> None:
