@@ -1,8 +1,9 @@
 """Where every process of one gateway puts what it has counted, for whoever wants to read it.
 
 Memory that the supervisor maps before it forks. Each process writes its own
-slot once a second, if anybody can read it, and never waits; a reader finds the last words of a process
-that was killed, or that is stuck, and needs nobody's answer:
+slot once a second, if anybody can read it, and never waits; a reader finds
+the last words of a process that was killed, or that is stuck, and needs
+nobody's answer:
 
     header   wanted log level
     slot     sequence, state, two halves

@@ -166,7 +166,7 @@ def run(
 
 
 def _prepare_control_plane(settings: Settings) -> None:
-    """Bring the database up to date, and import what the workers need, before they are forked.
+    """Bring the database up to date, and load what the workers need, before they are forked.
 
     PostgreSQL may be away: then the steward does it once it is there.
 
@@ -174,10 +174,11 @@ def _prepare_control_plane(settings: Settings) -> None:
         ConfigError: the settings are not fit for production.
         StartError: the database is there, but cannot be brought up to date.
     """
-    from control import plane
+    from control import app, plane
     from control.settings import check
 
     check(settings)
+    app.prepare()
     try:
         plane.migrate_at_start(settings)
     except plane.MigrationError as error:
@@ -320,7 +321,8 @@ class _Supervisor:
             self._seats.append(_Seat(len(sockets), None, _STEWARD))
         if metrics_socket is not None:
             self._seats.append(_Seat(len(sockets) + HELPERS - 1, metrics_socket, _METRICS))
-        self._board = Board(len(sockets))
+        # The metrics port reads it, and the administrators' API.
+        self._board = Board(len(sockets), read=metrics_socket is not None or settings.control.enabled)
         self._started_at = time.time()
         self._restarts: dict[str, int] = {}
         self._reloads: dict[str, int] = {}
@@ -445,9 +447,11 @@ class _Supervisor:
 
     def _publish(self) -> None:
         """Tell what a supervisor knows; and take a log level that somebody asked for."""
+        logs.set_level(self._board.level)
+        if not self._board.read:
+            return
         from redisgate import metrics
 
-        logs.set_level(self._board.level)
         document = metrics.Document("supervisor", time.time())
         workers = [seat for seat in self._seats if not seat.helper]
         document.gauge("redisgate_workers", sum(seat.serving is not None for seat in workers))
