@@ -10,6 +10,7 @@ from typing import Final
 
 from redisgate.config import InstanceConfig, Settings, TokenConfig
 from redisgate.findings import Finding, Report
+from redisgate.units import bytes_text
 from resp.address import Address
 from resp.connection import connect
 from resp.errors import ConnectFailed, ReplyLost, RespError
@@ -236,7 +237,7 @@ def _describe_memory(report: Report, info: dict[str, str], policy: str | None) -
         report.note(f"eviction is {policy}: keys may disappear when memory is full")
     elif used and most and used > most * NEARLY_FULL:
         report.wrong(
-            f"{used >> 20} of {most >> 20} MiB are used: beyond that every write is refused",
+            f"{bytes_text(used)} of {bytes_text(most)} are used: beyond that every write is refused",
             "give it more memory (maxmemory), delete keys, or let it evict some",
         )
 

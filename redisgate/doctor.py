@@ -25,6 +25,7 @@ from redisgate import tls
 from redisgate.check import CERTIFICATE_DAYS, look_at_instances
 from redisgate.config import ConfigError, Settings
 from redisgate.findings import Finding, Report
+from redisgate.units import bytes_text
 
 MIN_FREE_BYTES: Final = 256 * 1024 * 1024
 """On the file system of the state directory."""
@@ -219,11 +220,11 @@ def _look_at_state_dir(settings: Settings, report: Report) -> None:
     free = shutil.disk_usage(existing).free
     if free < MIN_FREE_BYTES:
         report.wrong(
-            f"only {free >> 20} MiB are free there: counts, and data of local instances, may not be written",
+            f"only {bytes_text(free)} are free there: counts, and data of local instances, may not be written",
             "make room, or set REDISGATE_STATE_DIR to a larger file system",
         )
     else:
-        report.ok(f"can be written, {free >> 30} GiB free")
+        report.ok(f"can be written, {bytes_text(free)} free")
 
 
 # TLS of the gateway itself

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from redisgate.config import ConfigError, count, duration, size
+from redisgate.units import bytes_text
 
 MAX_RATE: Final = 5000
 """Requests per second."""
@@ -160,7 +161,7 @@ def make_plan(options: Mapping[str, Any], environ: Mapping[str, str], cwd: Path)
     if seconds > MAX_SECONDS:
         raise ConfigError(f"--duration: at most {MAX_SECONDS / 60:g} minutes")
     if value_bytes > MAX_VALUE_BYTES:
-        raise ConfigError(f"--value-size: at most {MAX_VALUE_BYTES >> 20} MiB")
+        raise ConfigError(f"--value-size: at most {bytes_text(MAX_VALUE_BYTES)}")
     return Plan(
         options["url"].rstrip("/"),
         token,
