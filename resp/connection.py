@@ -17,7 +17,16 @@ from typing import Any, Final, cast
 
 from resp.address import Address
 from resp.encoder import encode_commands
-from resp.errors import ConnectFailed, LoginRefused, ProtocolError, ReplyLost, ReplyTimeout, RespError, Unavailable
+from resp.errors import (
+    ConnectFailed,
+    LoginRefused,
+    ProtocolError,
+    ReplyLost,
+    ReplyTimeout,
+    ReplyTooLarge,
+    RespError,
+    Unavailable,
+)
 from resp.parser import ErrorReply, Parser
 from resp.scanner import COLON, DOLLAR, MINUS, PLUS, FrameScanner, parse_length
 
@@ -116,13 +125,16 @@ class Tombstone(Waiter):
 class FutureWaiter(Waiter):
     """Lets a coroutine wait for replies; for the few places off the straight line of a request.
 
-    The future's result is the frames, whole. More than `MAX_CALL_BYTES` of them close the connection.
+    The future's result is the frames, whole; it fails where they are more than `MAX_CALL_BYTES`. With `keep` it is the
+    first `keep` bytes or so, once all of them have come. What is not kept is read and thrown away, for the sake of
+    those who wait behind.
     """
 
-    __slots__ = ("_connection", "_parts", "_size", "future")
+    __slots__ = ("_connection", "_keep", "_parts", "_size", "future")
 
-    def __init__(self, count: int, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, count: int, loop: asyncio.AbstractEventLoop, keep: int | None = None) -> None:
         self.count = count
+        self._keep = keep
         self.deadline = float("inf")
         self.future: asyncio.Future[bytes] = loop.create_future()
         self._parts: list[bytes] = []
@@ -138,12 +150,14 @@ class FutureWaiter(Waiter):
 
     def stream_data(self, data: bytes) -> None:
         self._size += len(data)
-        if self._connection is not None and (self.future.done() or self._size > MAX_CALL_BYTES):
-            # Nobody waits any more, or the server does not know an end: it would fill the memory.
+        if self.future.done() or (self._keep is None and self._size > MAX_CALL_BYTES):
+            # Nobody waits any more, or it would fill the memory.
             self._parts.clear()
-            self._connection.close(ReplyLost("a reply too large for this command"))
-            return
-        self._parts.append(data)
+            self.failed(ReplyTooLarge("a reply too large for this command"))
+            if self._connection is not None:
+                self._connection.abandon(self)
+        elif self._keep is None or self._size - len(data) < self._keep:
+            self._parts.append(data)
 
     def stream_ended(self) -> None:
         self.reply(b"".join(self._parts), 0)
@@ -427,6 +441,9 @@ class Connection:
                 self.overdue_since = self.overdue_since or now
                 self._retire()
                 waiter.failed(ReplyTimeout("no reply in time"))
+        if self._streaming and overdue == len(waiters) and isinstance(waiters[0], Tombstone):
+            self.close(ReplyLost("nobody waits for this reply"))
+            return
         if overdue and now - max(self.last_received, self.overdue_since) > stall_timeout:
             self.close(ReplyLost("the instance has gone silent"))
 

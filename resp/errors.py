@@ -45,5 +45,9 @@ class ReplyTimeout(ReplyLost):
     """The command was passed to the transport and not answered in time: it may run yet."""
 
 
+class ReplyTooLarge(ReplyLost):
+    """The command ran, and its reply was larger than whoever asked takes."""
+
+
 class ProtocolError(RespError):
     """The server sent something that is not RESP2, or a reply nobody waits for."""

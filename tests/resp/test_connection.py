@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resp.connection import MAX_CALL_BYTES, STREAM_THRESHOLD_BYTES, Connection, FutureWaiter
-from resp.errors import ReplyLost
+from resp.errors import ReplyLost, ReplyTooLarge
 
 
 class FakeTransport:
@@ -124,6 +124,30 @@ async def test_a_reply_without_end_to_a_question_of_ours_closes_the_connection()
         connection.data_received(piece)
     assert transport.closed
     assert isinstance(future.exception(), ReplyLost)
+
+
+async def test_what_is_too_large_for_one_is_read_past_for_those_behind() -> None:
+    connection, transport, (first, second) = await connect([1, 1])
+    size = MAX_CALL_BYTES + 5 * (1 << 20)
+    data = bulk(b"x" * size) + b"+OK\r\n"
+    for at in range(0, len(data), 1 << 20):
+        connection.data_received(data[at : at + (1 << 20)])
+    assert isinstance(first.exception(), ReplyTooLarge)
+    assert second.result() == b"+OK\r\n"
+    assert not transport.closed
+
+
+async def test_of_what_is_kept_in_part_the_rest_is_thrown_away() -> None:
+    connection, _, _ = await connect([])
+    kept, behind = FutureWaiter(2, asyncio.get_running_loop(), 1000), FutureWaiter(1, asyncio.get_running_loop())
+    connection.send(b"x", kept)
+    connection.send(b"x", behind)
+    data = bulk(b"x" * MAX_CALL_BYTES) + bulk(b"y" * MAX_CALL_BYTES) + b"+OK\r\n"
+    for at in range(0, len(data), 1 << 20):
+        connection.data_received(data[at : at + (1 << 20)])
+    assert 1000 <= len(kept.future.result()) <= 2 << 20
+    assert data.startswith(kept.future.result())
+    assert behind.future.result() == b"+OK\r\n"
 
 
 async def test_a_large_reply_that_nobody_waits_for_any_more_is_not_collected() -> None:
