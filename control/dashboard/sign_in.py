@@ -78,7 +78,9 @@ async def logout(request: PageRequest) -> Response:
     """Sign out."""
     reply = await auth.logout(request)
     request.cookies += reply.headers
-    return redirect(request, "/login", "account.signed_out")
+    response = redirect(request, "/login", "account.signed_out")
+    response.headers["Clear-Site-Data"] = '"storage"'  # what was typed at the console, in this browser's tabs
+    return response
 
 
 @page("GET", "/register", permission="public")

@@ -14,11 +14,11 @@ const hint = document.getElementById("hint");
 const suggestions = document.getElementById("suggestions");
 const dialog = document.getElementById("confirm-dialog");
 
-// What was typed, kept in this browser
+// What was typed, kept in this tab until it is closed or somebody signs out
 
 let history = [];
 try {
-  history = JSON.parse(localStorage.getItem(terminal.dataset.history) ?? "[]");
+  history = JSON.parse(sessionStorage.getItem(terminal.dataset.history) ?? "[]");
 } catch {
   history = [];
 }
@@ -32,7 +32,7 @@ function remember(text) {
   // Passwords are not kept.
   const kept = history.filter((one) => !/\b(auth|requirepass|setuser)\b/i.test(one));
   try {
-    localStorage.setItem(terminal.dataset.history, JSON.stringify(kept));
+    sessionStorage.setItem(terminal.dataset.history, JSON.stringify(kept));
   } catch {
     // A full or forbidden storage: the history lasts as long as the page.
   }
