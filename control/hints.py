@@ -2,7 +2,8 @@
 
     python -m control.hints redis://127.0.0.1:6379 > templates/static/js/hints.js
 
-From the COMMAND DOCS of a server of version 7 or newer, as far as the policy lets a member run a command.
+From the COMMAND DOCS of a server of version 7 or newer, as far as the policy lets a member run a command, and the
+servers that the service runs itself let the gateway.
 """
 
 import asyncio
@@ -10,9 +11,10 @@ import json
 import sys
 from typing import Any
 
+from control.provisioners import GATEWAY_RULES
 from redisgate.policy import Policy, Scope
 from resp.address import parse_url
-from resp.commands import bundled_table
+from resp.commands import Command, bundled_table
 from resp.pool import Pool
 
 _HEAD = "// Made by `python -m control.hints`: commands of Redis and their arguments, for the command line.\n\n"
@@ -29,7 +31,8 @@ async def docs(url: str) -> Any:
 
 def hints(reply: Any) -> dict[str, str]:
     """By the name of each command that may run, what follows it."""
-    policy = Policy(bundled_table(), Scope())
+    table = bundled_table()
+    policy = Policy(table, Scope())
     found = {"MULTI": "", "EXEC": "", "DISCARD": ""}  # which the console takes in pasted lines
     for name, entry in _pairs(reply).items():
         about = _pairs(entry)
@@ -41,8 +44,23 @@ def hints(reply: Any) -> dict[str, str]:
             # Arguments that every check of the arguments lets through.
             if rule is None or rule.refusal is not None or _refused(rule.check([*argv, b"0", b"0", b"0"])):
                 continue
+            command = table.find(argv)
+            if command is None or not _permitted(command):
+                continue
             found[" ".join(words)] = " ".join(_argument(one) for one in _pairs(sub).get("arguments", []))
     return dict(sorted(found.items()))
+
+
+def _permitted(command: Command) -> bool:
+    """Whether the rules of the gateway's user permit it: the last that speaks of it decides."""
+    name = command.name.decode().lower()
+    permitted = False
+    for rule in GATEWAY_RULES:
+        subject = rule[1:]
+        categories = {f"@{category}" for category in command.categories}
+        if rule[0] in "+-" and subject in {"@all", name, name.partition("|")[0], *categories}:
+            permitted = rule[0] == "+"
+    return permitted
 
 
 def _refused(verdict: Any) -> bool:
