@@ -174,6 +174,26 @@ def test_the_command_line_completes_remembers_and_asks(someone: Visitor, place: 
     page.reload()
     page.get_by_label("Commands", exact=True).press("ArrowUp")
     expect(page.get_by_label("Commands", exact=True)).to_have_value('GET "open')
+    # Nobody finds it after a sign-out.
+    page.locator('form[action="/logout"]').evaluate("form => form.requestSubmit()")
+    page.wait_for_url("**/login")
+    assert page.evaluate("sessionStorage.length + localStorage.length") == 0
+
+
+def test_keys_that_look_the_same_are_all_listed(someone: Visitor, place: Place) -> None:
+    fill = "for i = 1, 60 do redis.call('SET', '\\255' .. i, 1) redis.call('SET', '\"\\\\xff' .. i .. '\"', 1) end"
+    place.run("EVAL", fill, 0)
+    assert place.run("DBSIZE") == 120
+    page = someone.page
+    page.goto(f"{place.home}/data")
+    shown = page.locator("#keys li").count()
+    while page.locator("#more").count():
+        page.locator("#more").click()
+        page.wait_for_function("shown => document.querySelectorAll('#keys li').length > shown", arg=shown)
+        shown = page.locator("#keys li").count()
+        page.wait_for_function("() => !document.querySelector('#more')?.dataset.busy")
+    assert shown == 120
+    assert page.locator("#keys li").filter(has_text=re.compile(r'"\\xff7"')).count() == 2
 
 
 def test_commands_are_seen_live_filtered_and_paused(someone: Visitor, place: Place) -> None:

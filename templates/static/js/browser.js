@@ -66,9 +66,9 @@ document.addEventListener("click", async (event) => {
     const page = await load(more.href);
     const fresh = page.getElementById("keys");
     const list = document.getElementById("keys");
-    const key = (item) => item.querySelector("a")?.textContent;
-    const known = new Set([...(list?.children ?? [])].map(key));
-    const items = [...(fresh?.children ?? [])].filter((item) => !known.has(key(item)));
+    // What a key is called on the page is no name: two may look the same. One that is too long for an address has none.
+    const known = new Set([...(list?.children ?? [])].map((item) => item.dataset.name));
+    const items = [...(fresh?.children ?? [])].filter(({ dataset: { name } }) => name === undefined || !known.has(name));
     if (list) list.append(...items.map((item) => document.importNode(item, true)));
     else if (fresh) document.querySelector(".keys-pane .empty-line")?.replaceWith(document.importNode(fresh, true));
     document.getElementById("scanned").textContent = page.getElementById("scanned").textContent;
