@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from control.console import ConsoleSession, text_of
-from control.http import ApiError, BadRequest, Conflict, NotFound
+from control.http import ApiError, BadRequest, Conflict, NotFound, Unavailable
 from resp.parser import ErrorReply
 
 PAGE_KEYS: Final = 50
@@ -34,6 +34,8 @@ MAX_VALUE_BYTES: Final = 64 * 1024
 """Of a string that is shown, and can be edited."""
 MAX_CELL_BYTES: Final = 512
 """Of an element that is shown among others."""
+BUSY_SECONDS: Final = 1
+"""After which to ask again while a script runs."""
 MAX_KEY_BYTES: Final = 4096
 """Of a key that has an address here; longer ones are listed only."""
 TYPES: Final = ("string", "hash", "list", "set", "zset", "stream")
@@ -64,6 +66,22 @@ if (seen and redis.sha1hex(seen) or '') ~= ARGV[1] then return {0} end
 redis.call('LSET', KEYS[1], ARGV[2], ARGV[3])
 return {1, redis.call('LREM', KEYS[1], 1, ARGV[3])}
 """
+# Runs a command that reads elements, and cuts its reply while it is on the server: an element may have 512 MiB. ARGV:
+# how much of a string is wanted, how many fields of a stream's entry, the command without its key. A string that was
+# cut is a list of its head and its size.
+_READ_CUT: Final = b"""
+local longest, most = tonumber(ARGV[1]), tonumber(ARGV[2])
+local read = {ARGV[3], KEYS[1]}
+for i = 4, #ARGV do read[#read + 1] = ARGV[i] end
+local function cut(value, depth)
+  if type(value) == 'string' and #value > longest then return {string.sub(value, 1, longest), #value} end
+  if type(value) ~= 'table' or value.err then return value end
+  local parts = {}
+  for i = 1, depth < 2 and #value or math.min(#value, most) do parts[i] = cut(value[i], depth + 1) end
+  return parts
+end
+return cut(redis.pcall(unpack(read)), 0)
+"""
 ABSENT: Final = ""
 """The digest of what is not there."""
 
@@ -73,6 +91,21 @@ class Refused(ApiError):
 
     def __init__(self, error: str) -> None:
         super().__init__(400, f"Redis refused: {error}")
+
+
+class Busy(Unavailable):
+    """A script does not end, and nothing else runs; `kill` ends it, unless it has written."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__("a script runs on this instance, and until it ends nothing else does", BUSY_SECONDS)
+        self.kill = "FUNCTION KILL" if "FUNCTION KILL" in error else "SCRIPT KILL"
+
+
+class OverCapacity(ApiError):
+    """What would make the data grow is refused, as it is to programs."""
+
+    def __init__(self) -> None:
+        super().__init__(400, "the instance holds more than its capacity: delete something first")
 
 
 class ChangedMeanwhile(Conflict):
@@ -169,9 +202,11 @@ class Shown:
         return self.text is not None and b"\r" not in self.raw
 
 
-def show(value: bytes, limit: int = MAX_CELL_BYTES) -> Shown:
-    """A value of which a page shows so much."""
-    return Shown(value[:limit], len(value))
+def show(value: bytes | list[Any], limit: int = MAX_CELL_BYTES) -> Shown:
+    """A value of which a page shows so much; one that the server cut is a list of its head and its size."""
+    if isinstance(value, bytes):
+        return Shown(value[:limit], len(value))
+    return Shown(value[0][:limit], value[1])
 
 
 # Finding keys
@@ -213,9 +248,14 @@ def check_cursor(text: str) -> int:
     return int(text)
 
 
-def _filters(pattern: str, kind: str) -> list[bytes]:
+def check_type(kind: str) -> None:
+    """Raises BadRequest where a filter is no type of a key."""
     if kind and kind not in TYPES:
         raise BadRequest("some fields are wrong", {"type": f"is none of {', '.join(TYPES)}"})
+
+
+def _filters(pattern: str, kind: str) -> list[bytes]:
+    check_type(kind)
     arguments = [b"MATCH", bytes_of(pattern)] if pattern and pattern != "*" else []
     return arguments + ([b"TYPE", kind.encode()] if kind else [])
 
@@ -361,14 +401,24 @@ async def _string(session: ConsoleSession, key: bytes, value: Value, at: str, ma
     value.whole = Shown(raw, max(len(raw), value.key.size or 0) if len(raw) == MAX_VALUE_BYTES else len(raw))
 
 
-async def _scanned(
-    session: ConsoleSession, command: bytes, key: bytes, value: Value, at: str, match: str
-) -> list[bytes]:
+async def _read(
+    session: ConsoleSession, key: bytes, command: bytes, *arguments: bytes, longest: int = MAX_KEY_BYTES
+) -> Any:
+    """The reply of a command that reads elements of a key, its strings cut on the server."""
+    most = 2 * PAGE_ELEMENTS
+    reply = await session.call(b"EVAL", _READ_CUT, b"1", key, b"%d" % longest, b"%d" % most, command, *arguments)
+    if isinstance(reply, ErrorReply) and reply.startswith("NOPERM"):
+        # A user that may run no script reads elements whole: what is too large altogether is refused.
+        reply = await session.call(command, key, *arguments)
+    return _good(reply)
+
+
+async def _scanned(session: ConsoleSession, command: bytes, key: bytes, value: Value, at: str, match: str) -> list[Any]:
     cursor, found = check_cursor(at or "0"), []
     until = time.monotonic() + SCAN_SECONDS
     filters = [b"MATCH", bytes_of(match)] if match else []
     while True:
-        text, items = _good(await session.call(command, key, b"%d" % cursor, *filters, b"COUNT", b"%d" % PAGE_ELEMENTS))
+        text, items = await _read(session, key, command, b"%d" % cursor, *filters, b"COUNT", b"%d" % PAGE_ELEMENTS)
         cursor = int(text)
         found += items
         if not cursor or len(found) >= PAGE_ELEMENTS or time.monotonic() > until:
@@ -394,7 +444,7 @@ async def _zset(session: ConsoleSession, key: bytes, value: Value, at: str, matc
     else:
         first = check_cursor(at or "0")
         last = first + PAGE_ELEMENTS - 1
-        items = _good(await session.call(b"ZRANGE", key, b"%d" % first, b"%d" % last, b"WITHSCORES"))
+        items = await _read(session, key, b"ZRANGE", b"%d" % first, b"%d" % last, b"WITHSCORES")
         value.next = str(last + 1) if last + 1 < (value.key.size or 0) else ""
     value.rows = [
         Row(show(name, MAX_KEY_BYTES), score=score.decode("latin-1"))
@@ -405,7 +455,7 @@ async def _zset(session: ConsoleSession, key: bytes, value: Value, at: str, matc
 async def _list(session: ConsoleSession, key: bytes, value: Value, at: str, match: str) -> None:
     first = check_cursor(at or "0")
     last = first + PAGE_ELEMENTS - 1
-    items = _good(await session.call(b"LRANGE", key, b"%d" % first, b"%d" % last))
+    items = await _read(session, key, b"LRANGE", b"%d" % first, b"%d" % last)
     value.rows = [Row(show(b"%d" % (first + index)), show(item)) for index, item in enumerate(items)]
     value.next = str(last + 1) if last + 1 < (value.key.size or 0) else ""
 
@@ -418,7 +468,7 @@ async def _stream(session: ConsoleSession, key: bytes, value: Value, at: str, ma
     if at and not _STREAM_ID.fullmatch(at):
         raise BadRequest("this is no entry's id")
     count = b"%d" % (PAGE_ELEMENTS + (1 if at else 0) + 1)
-    entries = _good(await session.call(b"XREVRANGE", key, at.encode() or b"+", b"-", b"COUNT", count))
+    entries = await _read(session, key, b"XREVRANGE", at.encode() or b"+", b"-", b"COUNT", count)
     entries = [entry for entry in entries if entry[0] != at.encode()]
     for name, fields in entries[:PAGE_ELEMENTS]:
         pairs = [(show(one), show(other)) for one, other in zip(fields[::2], fields[1::2], strict=True)]
@@ -432,7 +482,7 @@ _READERS: Final = {"string": _string, "hash": _hash, "set": _set, "zset": _zset,
 
 async def element(session: ConsoleSession, key: bytes, kind: str, name: bytes) -> Shown | None:
     """One element of a hash or list whole, up to what can be edited; None: it is not there."""
-    value = _good(await session.call(*_reading(kind, name)[:1], key, *_reading(kind, name)[1:]))
+    value = await _read(session, key, *_reading(kind, name), longest=MAX_VALUE_BYTES)
     return None if value is None else show(value, MAX_VALUE_BYTES)
 
 
@@ -514,6 +564,7 @@ async def add(
     }
     if kind not in adding:
         raise BadRequest("some fields are wrong", {"type": "takes no elements"})
+    _check_capacity(session, adding[kind])
     added = _good(await session.call(adding[kind][0], key, *adding[kind][1:]))
     if added == 0:
         raise Conflict("it is in there already" if kind != "list" else "the list is no longer there")
@@ -562,6 +613,7 @@ async def delete(session: ConsoleSession, key: bytes) -> None:
 async def _if_unchanged(
     session: ConsoleSession, key: bytes, reading: Sequence[bytes], writing: Sequence[bytes], seen: str
 ) -> None:
+    _check_capacity(session, writing)
     reply = _good(
         await session.call(b"EVAL", _IF_UNCHANGED, b"1", key, seen.encode(), b"%d" % len(reading), *reading, *writing)
     )
@@ -569,10 +621,16 @@ async def _if_unchanged(
         raise ChangedMeanwhile
 
 
+def _check_capacity(session: ConsoleSession, writing: Sequence[bytes]) -> None:
+    """Raises OverCapacity."""
+    if session.instance.over_capacity and session.instance.needs_memory(writing):
+        raise OverCapacity
+
+
 def _good(reply: Any) -> Any:
-    """A reply that is no error. Raises Refused."""
+    """A reply that is no error. Raises Refused, Busy."""
     if isinstance(reply, ErrorReply):
-        raise Refused(str(reply))
+        raise Busy(reply) if reply.startswith("BUSY ") else Refused(str(reply))
     return reply
 
 

@@ -8,7 +8,7 @@ import asyncio
 import base64
 import contextlib
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -21,7 +21,7 @@ from redisgate.gateway import Checked
 from redisgate.policy import Scope
 from resp.connection import FutureWaiter
 from resp.encoder import encode_command
-from resp.errors import ConnectFailed, ReplyLost, RespError
+from resp.errors import ConnectFailed, ReplyLost, ReplyTooLarge, RespError
 from resp.errors import Unavailable as RedisUnavailable
 
 MAX_PER_PERSON: Final = 4
@@ -34,12 +34,20 @@ MAX_SHOWN_BYTES: Final = 256 * 1024
 """Of the replies to one request; what is beyond is not shown."""
 MAX_SHOWN_VALUES: Final = 10_000
 """Strings, numbers and lists in them."""
+MAX_KEPT_BYTES: Final = 1024 * 1024
+"""Of the replies to commands sent together, more than what is shown of them can have; the rest is thrown away."""
+COMMANDS_AT_ONCE: Final = 20
+"""Sent together; a transaction is sent whole. The replies of more would wait in Redis's memory, however large."""
 MAX_DEPTH: Final = 32
 """Of lists within lists in a reply that is shown."""
 RETRY_SECONDS: Final = 1.0
 
 READER: Final = Scope(readonly=True)
 WRITER: Final = Scope()
+_SCRIPTS: Final = (b"EVAL_RO", b"EVALSHA_RO", b"FCALL_RO")
+"""Which write nothing, and may run for ever while everybody else waits: kept from viewers."""
+_KILLS: Final = ((b"SCRIPT", b"KILL"), (b"FUNCTION", b"KILL"))
+"""What Redis takes besides while a script does not end: members may, though programs may not."""
 _READERS_MAY: Final = (b"SCAN", b"RANDOMKEY")
 """Kept from read-only tokens; a viewer sees the keys in the data browser anyway."""
 
@@ -53,6 +61,12 @@ DANGEROUS: Final[dict[bytes, str]] = {
     b"FUNCTION|RESTORE": "may replace functions",
     b"SCRIPT|FLUSH": "makes the server forget every script",
 }
+
+_IN_SCRIPTS: Final = {
+    name: re.compile(rb"""(?i)(?:["']|\[=*\[)\s*""" + name + rb"""\s*(?:["']|\]=*\])""")
+    for name in (b"FLUSHALL", b"FLUSHDB", b"KEYS")
+}
+"""A script's call of a dangerous command that may run in scripts."""
 
 RUNS_DANGEROUS: Final = "console.dangerous"
 DELETES_KEYS: Final = "console.delete_keys"
@@ -151,14 +165,27 @@ def split_lines(text: str) -> list[Argv]:
 
 
 def dangerous(commands: Sequence[Argv]) -> list[str]:
-    """The commands among these that ask first, each with what it does."""
+    """The commands among these that ask first, each with what it does; also those that a script's text names."""
     found = {}
     for argv in commands:
         name = argv[0].upper()
+        for inner, call in _IN_SCRIPTS.items():
+            if any(call.search(script) for script in _scripts_of(argv)):
+                found[name + b" " + inner] = f"{name.decode()} runs {inner.decode()}, which {DANGEROUS[inner]}"
         for candidate in (name, b"|".join((name, argv[1].upper())) if len(argv) > 1 else name):
             if candidate in DANGEROUS:
                 found[candidate] = f"{candidate.decode().replace('|', ' ')} {DANGEROUS[candidate]}"
     return list(found.values())
+
+
+def _scripts_of(argv: Argv) -> list[bytes]:
+    """The texts of scripts that a command brings."""
+    name = argv[0].upper()
+    if name in (b"EVAL", b"EVAL_RO"):
+        return argv[1:2]
+    if name in (b"SCRIPT", b"FUNCTION") and len(argv) > 1 and argv[1].upper() == b"LOAD":
+        return argv[2:4]  # FUNCTION LOAD REPLACE text
+    return []
 
 
 # A person's session
@@ -189,11 +216,11 @@ class ConsoleSession:
 
         if not commands:
             return []
-        frames = await self._send([list(argv) for argv in commands])
+        frames = await self._send(commands)
         return Parser(text=False).parse(frames, len(commands))
 
-    async def _send(self, commands: Sequence[Argv]) -> bytes:
-        waiter = FutureWaiter(len(commands), asyncio.get_running_loop())
+    async def _send(self, commands: Sequence[Sequence[bytes]], keep: int | None = None) -> bytes:
+        waiter = FutureWaiter(len(commands), asyncio.get_running_loop(), keep)
         with _replying():
             # By the slow lane: nobody knows how large a person's replies are.
             self.instance.backend.pool.submit(b"".join([encode_command(argv) for argv in commands]), waiter, True)
@@ -208,8 +235,17 @@ class ConsoleSession:
             outcomes = await self._checked(commands)
         to_send = [outcome for outcome in outcomes if not isinstance(outcome, bytes)]
         shown = _Shown()
-        nodes = iter(shown.read(await self._send(to_send) if to_send else b"", len(to_send)))
-        return [_Shown().read(outcome, 1)[0] if isinstance(outcome, bytes) else next(nodes) for outcome in outcomes]
+        nodes: list[Node] = []
+        for group in _groups(to_send):
+            try:
+                nodes += shown.read(await self._send(group, MAX_KEPT_BYTES), len(group))
+            except ApiError as error:
+                if nodes:
+                    text = f"the connection was lost after {len(nodes)} commands, and those after them may have run"
+                    raise ApiError(502, f"{text}: look before you send them again") from error
+                raise
+        sent = iter(nodes)
+        return [_Shown().read(outcome, 1)[0] if isinstance(outcome, bytes) else next(sent) for outcome in outcomes]
 
     async def _checked(self, commands: Sequence[Argv]) -> list[Argv | bytes]:
         """Each command to send, or the frame that it is answered with."""
@@ -261,6 +297,11 @@ class ConsoleSession:
     async def _check(self, argv: Argv) -> Argv | bytes:
         if argv[0].upper() == b"ACL" and len(argv) > 1 and argv[1].upper() == b"RESTTOKEN":
             return b"-ERR a token is no thing for a screen: make an API key instead\r\n"
+        words = tuple(word.upper() for word in argv)
+        if not self.may_write and words[0] in _SCRIPTS:
+            return b"-NOPERM a script may hold up everybody: running one here needs the role member\r\n"
+        if self.may_write and words in _KILLS:
+            return argv
         instance, pool = self.instance, self.instance.backend.pool
         scope = WRITER if self.may_write or argv[0].upper() in _READERS_MAY else READER
         grant = Grant(instance, scope, name="console")
@@ -278,6 +319,20 @@ class ConsoleSession:
         return checked.outcomes[0]
 
 
+def _groups(commands: Sequence[Argv]) -> Iterator[list[Argv]]:
+    """What is sent at once: so many commands, and a transaction, from its MULTI to its EXEC, always whole."""
+    group: list[Argv] = []
+    within = False
+    for argv in commands:
+        group.append(argv)
+        within = argv[0].upper() == b"MULTI" or (within and argv[0].upper() != b"EXEC")
+        if len(group) >= COMMANDS_AT_ONCE and not within:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 @contextlib.contextmanager
 def _replying() -> Any:
     """Says for people what became of a command without a reply."""
@@ -287,10 +342,12 @@ def _replying() -> Any:
         raise Unavailable(f"{error}; nothing was run. Try again in a moment", RETRY_SECONDS) from error
     except RedisUnavailable as error:
         raise Unavailable(f"{error}; nothing was run. Try again in a moment", RETRY_SECONDS) from error
+    except ReplyTooLarge as error:
+        raise ApiError(413, f"{error}: ask for less at a time") from error
     except ReplyLost as error:
         raise ApiError(502, f"{error}; what was sent may have run: look before you send it again") from error
     except RespError as error:
-        raise ApiError(502, f"{error}: ask for less at a time") from error
+        raise ApiError(502, str(error)) from error
 
 
 @contextlib.asynccontextmanager
@@ -481,3 +538,18 @@ def format_reply(node: Node, prefix: str = "") -> str:
     if node.get("omitted"):
         lines.append(f"{prefix if items else ''}({node['omitted']} more, not shown)")
     return "\n".join(lines)
+
+
+_REPORTS: Final = frozenset(
+    {b"INFO", b"LOLWUT", b"MEMORY|DOCTOR", b"MEMORY|MALLOC-STATS", b"CLIENT|INFO", b"CLIENT|LIST", b"LATENCY|DOCTOR"}
+)
+"""Commands whose reply is a text to be read."""
+
+
+def format_answer(argv: Argv, node: Node) -> str:
+    """What redis-cli prints after a command: a report as it is, anything else by its type."""
+    words = [word.upper() for word in argv[:2]]
+    if node["type"] == "bulk" and "text" in node and _REPORTS.intersection((words[0], b"|".join(words))):
+        cut = f"… ({node['size']} bytes, cut here)" if "size" in node else ""
+        return str(node["text"]).replace("\r\n", "\n").rstrip("\n") + cut
+    return format_reply(node)

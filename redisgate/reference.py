@@ -125,6 +125,8 @@ CONTROL_BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("control.usage", "MAX_COMMANDS", "commands", "of one instance whose calls are counted"),
     ("control.console", "MAX_PER_PERSON", "requests", "of one person to the console in one worker, then 429"),
     ("control.console", "MAX_COMMANDS", "commands", "typed at once"),
+    ("control.console", "COMMANDS_AT_ONCE", "commands", "of the console are sent together; a transaction always whole"),
+    ("control.console", "MAX_KEPT_BYTES", "bytes", "of their replies are kept, the rest is read and thrown away"),
     ("control.console", "MAX_LINE_CHARACTERS", "characters", "of one command as it is typed, else 400"),
     ("control.pages", "MAX_FORM_BYTES", "bytes", "of a form's text in the dashboard, files not counted, else 413"),
     ("control.console", "MAX_SHOWN_BYTES", "bytes", "of replies that the console shows"),

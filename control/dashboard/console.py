@@ -12,7 +12,7 @@ from control.browser import TYPES, ChangedMeanwhile, bytes_of, name_of
 from control.console import (
     DELETES_KEYS,
     ConsoleSession,
-    format_reply,
+    format_answer,
     note,
     open_session,
     quoted,
@@ -38,16 +38,32 @@ _EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
 
 async def _away(request: PageRequest, tab: str, error: ApiError) -> Response:
     """The page without its content, where Redis cannot be asked."""
-    return await show(request, tab, "console/away.html", error=error)
+    kill = error.kill if isinstance(error, browser.Busy) else ""
+    return await show(request, tab, "console/away.html", error=error, kill=kill)
 
 
 # Keys and values
 
 
+def _read_query(request: PageRequest) -> tuple[dict[str, str], BadRequest | None]:
+    """What the address says, as far as it can be read, and what is wrong with the rest: addresses get cut."""
+    said, wrong = dict(request.query), None
+    checks: dict[str, Callable[[str], object]] = {"type": browser.check_type, "cursor": browser.check_cursor}
+    for name in ("type", "cursor", "pattern", "key", "field", "match"):
+        try:
+            if said.get(name):
+                checks.get(name, bytes_of)(said[name])
+        except BadRequest as error:
+            wrong = wrong or error
+            del said[name]
+    return said, wrong
+
+
 def _link(request: PageRequest) -> Callable[..., str]:
     """Makes addresses of the data browser that differ from this page's in what is given; None: not there."""
     base = home_of(request) + "/data"
-    here = {name: request.query[name] for name in _KEPT if request.query.get(name)}
+    said, _ = _read_query(request)
+    here = {name: said[name] for name in _KEPT if said.get(name)}
 
     def link(**changes: object) -> str:
         values = {name: str(value) for name, value in (here | changes).items() if value not in (None, "")}
@@ -63,7 +79,8 @@ async def data(request: PageRequest) -> Response:
 
 
 async def _data(request: PageRequest, error: ApiError | None = None, posted: str = "") -> Response:
-    query = request.query
+    query, wrong = _read_query(request)
+    error = error or wrong
     key_name = query.get("key", "")
     value = edited = None
     gone: ApiError | None = None
@@ -243,7 +260,7 @@ async def ask_to_sweep(request: PageRequest) -> Response:
     except ApiError as error:
         if error.status in _AWAY:
             return await _away(request, "data", error)
-        raise
+        return await _data(request, error)
     counted = swept.count + _count(request.query.get("counted", ""))
     return await _sweep_page(request, session, pattern, kind, swept, counted=counted, deleted=None)
 
@@ -317,7 +334,7 @@ async def run(request: PageRequest) -> Response:
         warnings = error.data.get("confirm", []) if isinstance(error.data, dict) else []
         return await _command_line(request, error=error, lines=lines, warnings=warnings)
     answers = [
-        (" ".join(_shown_word(word) for word in argv), format_reply(node))
+        (" ".join(_shown_word(word) for word in argv), format_answer(argv, node))
         for argv, node in zip(commands, nodes, strict=True)
     ]
     return await _command_line(request, answers=answers)

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 
 from control import browser, live
-from control.console import DELETES_KEYS, bulk, format_reply, note, open_session, run_typed, split_lines
+from control.console import DELETES_KEYS, bulk, format_answer, note, open_session, run_typed, split_lines
 from control.http import ApiRequest, BadRequest, Reply, endpoint
 
 _PATH = "/api/organizations/{org_id}/redis-instances/{instance_id}/console"
@@ -52,7 +52,11 @@ async def run(request: ApiRequest, body: RunCommands) -> object:
         raise BadRequest("some fields are wrong", {"lines": "holds no command"})
     async with open_session(request) as session:
         nodes = await run_typed(session, commands, confirmed=body.confirmed)
-    return {"replies": [{"reply": node, "text": format_reply(node)} for node in nodes]}
+    return {
+        "replies": [
+            {"reply": node, "text": format_answer(argv, node)} for argv, node in zip(commands, nodes, strict=True)
+        ]
+    }
 
 
 class FindKeys(msgspec.Struct):

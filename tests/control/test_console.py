@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 
-from control import console
+from control import browser, console
 from control.console import LineError, format_reply, quoted, split_line, split_lines
 from control.http import BadRequest
+from redisgate.access import Instance
+from redisgate.config import InstanceConfig
+from redisgate.scripts import ScriptCache
+from redisgate.shared import SharedState
+from resp.address import parse_url
 from tests.control.conftest import Service, Urls
 from tests.control.service import Api, execute, register
 from tests.http import Client
@@ -127,6 +132,8 @@ geosearch places fromlonlat 15 37 byradius 200 km withcoord withdist
 xadd s 1-1 f v
 xrange s - +
 command info get nosuch
+lolwut version 5 1 1 1
+memory doctor
 """
 
 
@@ -139,7 +146,17 @@ def test_replies_look_as_in_redis_cli(terminal: Terminal, redis: RedisServer) ->
     expected = subprocess.run(
         [client, "-p", str(redis.port), "--no-raw"], input=SESSION.strip(), capture_output=True, text=True, check=True
     ).stdout.rstrip("\n")
-    assert "\n".join(shown).splitlines() == [line for line in expected.splitlines() if line], lines
+    said, meant = ([line for line in text.splitlines() if line] for text in ("\n".join(shown), expected))
+    assert said == meant, lines
+
+
+def test_reports_are_shown_to_be_read(terminal: Terminal) -> None:
+    text, doctor, client, other = terminal.run("info server\nmemory doctor\nclient info\necho 'a\"b'")
+    assert text.startswith("# Server\nredis_version:")
+    assert "\\r\\n" not in text
+    assert not doctor.startswith('"')
+    assert client.startswith("id=")
+    assert other == r'"a\"b"'
 
 
 def test_a_transaction_runs_as_one_and_not_without_its_exec(terminal: Terminal) -> None:
@@ -222,6 +239,54 @@ def test_what_is_dangerous_asks_first_and_is_put_on_record(
     assert terminal.run("dbsize") == ["(integer) 1"]
 
 
+def test_what_is_dangerous_in_a_script_asks_first_too(terminal: Terminal, owner_api: Api) -> None:
+    terminal.run("set k v")
+    for line in (
+        "eval \"return redis.call('flushall')\" 0",
+        "eval \"return redis.pcall( 'FlushAll' )\" 0",
+        "eval 'return redis.call([[flushall]])' 0",
+        "script load \"return redis.call('flushall')\"",
+    ):
+        response = terminal.post("commands", {"lines": line})
+        assert response.status == 409, line
+        assert response.json()["data"]["confirm"][0].endswith("runs FLUSHALL, which deletes every key")
+    assert terminal.run("get k") == ['"v"']
+    assert terminal.run("eval \"return redis.call('get', KEYS[1])\" 1 k") == ['"v"']  # KEYS there is no command
+    assert terminal.run("eval \"return redis.call('flushall')\" 0", confirmed=True) == ["OK"]
+    events = owner_api.call("GET", "audit-logs?action=console.dangerous")["items"]
+    assert events[0]["after"] == {"commands": ["EVAL runs FLUSHALL, which deletes every key"]}
+
+
+def test_a_viewer_runs_no_script_and_a_member_ends_one(
+    terminal: Terminal, reader: Terminal, redis: RedisServer
+) -> None:
+    for line in ("eval_ro 'while true do end' 0", "evalsha_ro x 0", "fcall_ro f 0"):
+        assert reader.run(line)[0].startswith("(error) NOPERM a script may hold up everybody"), line
+    for line in ("script kill", "function kill"):
+        assert "not available" in reader.run(line)[0]
+    assert terminal.run("script kill")[0].startswith("(error) NOTBUSY")
+    assert terminal.run("function kill")[0].startswith("(error) NOTBUSY")
+
+
+async def test_the_browser_adds_nothing_beyond_the_capacity(redis: RedisServer) -> None:
+    instance = Instance(InstanceConfig("full", parse_url(redis.url)), ScriptCache(SharedState.anonymous(1)))
+    session: Any = console.ConsoleSession(None, instance, None, True)  # type: ignore[arg-type]
+    redis.raw(b"FLUSHALL\r\n", 5)
+    await browser.create(session, b"h", "hash", b"f", b"v")
+    instance.over_capacity = True
+    for writing in (
+        browser.create(session, b"k", "string", b"", b"v"),
+        browser.save(session, b"h", "hash", b"f", b"w", browser.digest(b"v")),
+        browser.add(session, b"h", "hash", b"g", b"w"),
+        browser.add(session, b"l", "list", b"", b"w"),
+    ):
+        with pytest.raises(browser.OverCapacity):
+            await writing
+    await browser.take_out(session, b"h", "hash", b"f", browser.digest(b"v"))
+    assert redis.raw(b"DBSIZE\r\n", 4) == b":0\r\n"
+    instance.abort()
+
+
 def test_the_console_counts_against_no_quota(terminal: Terminal, owner_api: Api, database_urls: Urls) -> None:
     execute(database_urls.owner, "UPDATE quotas SET commands_per_day = 1")
     try:
@@ -245,6 +310,25 @@ def test_what_is_too_large_to_show_says_so(terminal: Terminal, redis: RedisServe
     assert len(node["items"]) + node["omitted"] == 30000
     assert format_reply(node).endswith(f"({node['omitted']} more, not shown)")
     assert terminal.post("commands", {"lines": "ping\n" * 1001}).status == 400
+
+
+def test_large_replies_do_not_take_the_connection_from_others(
+    terminal: Terminal, owner_api: Api, instance: str, service: Service
+) -> None:
+    terminal.run("eval \"redis.call('set', 'big', string.rep('x', 3000000))\" 0\nset small v")
+    lines = "get big\n" * 30 + "get small\nMULTI\n" + "get big\n" * 25 + "EXEC\nset after 1"
+    answers: list[list[str]] = []
+    thread = threading.Thread(target=lambda: answers.append(terminal.run(lines)))
+    thread.start()
+    token = owner_api.call("GET", f"redis-instances/{instance}/credentials")["token"]
+    with Client(service.port, token) as client:
+        while thread.is_alive():
+            assert client.command("LRANGE", "none", 0, -1).result == []  # by the slow lane
+    thread.join()
+    assert len(answers[0]) == 59
+    assert answers[0][0].endswith("… (3000000 bytes, cut here)")
+    assert answers[0][-1].startswith("(not shown")
+    assert terminal.run("get after") == ['"1"']
 
 
 def test_nested_replies_are_shown_to_a_bound(terminal: Terminal) -> None:

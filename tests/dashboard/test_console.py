@@ -3,6 +3,8 @@
 import base64
 import html
 import re
+import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlencode
@@ -106,8 +108,18 @@ async def test_keys_are_listed_with_type_ttl_and_size(member: Pages, home: str, 
     assert "user:1" not in (await member.get(f"{home}/data?pattern=user:*&type=hash")).text
     assert "Looked up directly" in (await member.get(f"{home}/data?pattern=other")).text
     assert "No key matches" in (await member.get(f"{home}/data?pattern=nothing*")).text
-    await member.get(f"{home}/data?type=nonsense", 400)
-    await member.get(f"{home}/data?cursor=x", 400)
+    for wrong, said in (
+        ("type=nonsense&pattern=user:*", "is none of string"),
+        ("cursor=zz&pattern=user:*", "the cursor is not one"),
+        ("pattern=base64:!", "is not base64"),
+        ("key=base64:!&pattern=user:*", "is not base64"),
+        ("key=user:2&field=base64:!&pattern=user:*", "is not base64"),
+    ):
+        text = (await member.get(f"{home}/data?{wrong}", 400)).text
+        assert said in text, wrong
+        assert 'id="keys"' in text, wrong  # the rest of what was asked for is there
+        assert "user:1" in text
+    assert 'id="keys"' in (await member.get(f"{home}/data/delete?pattern=base64:!", 400)).text
 
 
 async def test_a_string_is_edited_and_keeps_its_time_to_live(member: Pages, home: str, redis: RedisServer) -> None:
@@ -288,6 +300,26 @@ async def test_large_values_and_collections_are_cut(member: Pages, home: str, re
     assert ">f1<" not in text
 
 
+@pytest.mark.parametrize("kind", ["hash", "list", "set", "stream"])
+async def test_huge_elements_are_shown_by_their_heads(
+    member: Pages, home: str, redis: RedisServer, kind: str, owner_api: Api
+) -> None:
+    fill = {
+        "hash": "redis.call('HSET', KEYS[1], 'f' .. i, i .. big)",
+        "list": "redis.call('RPUSH', KEYS[1], i .. big)",
+        "set": "redis.call('SADD', KEYS[1], i .. big)",
+        "stream": "redis.call('XADD', KEYS[1], i .. '-1', 'f', i .. big)",
+    }[kind]
+    run(redis, "EVAL", f"local big = string.rep('x', 1000000) for i = 1, 40 do {fill} end", 1, "huge")
+    text = (await member.get(address(home, "huge"))).text
+    assert text.count(" KiB in all") + text.count("976.6 KiB") >= 40
+    assert len(text) < 400_000
+    if kind in ("hash", "list"):
+        edited = (await member.get(address(home, "huge", field="f7" if kind == "hash" else "6"))).text
+        assert "The first 64 KiB of 976.6 KiB are shown" in edited
+        assert '<textarea id="edit-value"' not in edited
+
+
 async def test_many_keys_are_counted_and_deleted(member: Pages, home: str, redis: RedisServer) -> None:
     run(redis, "EVAL", "for i = 1, 3000 do redis.call('SET', 'many:' .. i, i) end", 0)
     run(redis, "SET", "other", "1")
@@ -310,6 +342,25 @@ async def test_the_command_line_works_without_scripts(member: Pages, home: str, 
     assert "FLUSHALL</textarea>" in response.text
     await member.post(f"{home}/cli", 200, lines="FLUSHALL", confirmed="1")
     assert run(redis, "DBSIZE") == b":0\r\n"
+
+
+async def test_a_script_that_does_not_end_is_ended_from_the_data_browser(
+    member: Pages, viewer: Pages, home: str, redis: RedisServer
+) -> None:
+    run(redis, "CONFIG", "SET", "busy-reply-threshold", 100)
+    stuck = threading.Thread(target=run, args=(redis, "EVAL", "while true do end", 0))
+    stuck.start()
+    deadline = time.monotonic() + 10
+    while not run(redis, "PING").startswith(b"-BUSY"):
+        assert time.monotonic() < deadline
+    text = (await member.get(f"{home}/data", 503)).text
+    assert "a script runs on this instance" in text
+    assert 'name="lines" value="SCRIPT KILL"' in text
+    assert 'value="SCRIPT KILL"' not in (await viewer.get(f"{home}/data", 503)).text
+    assert "OK" in (await member.post(f"{home}/cli", 200, lines="SCRIPT KILL")).text
+    stuck.join()
+    run(redis, "CONFIG", "SET", "busy-reply-threshold", 5000)
+    await member.get(f"{home}/data")
 
 
 async def test_no_kind_of_form_brings_more_text_than_the_bound(viewer: Pages, home: str) -> None:
