@@ -119,6 +119,7 @@ async def test_sign_out_ends_the_session(pages: Pages, client: httpx.AsyncClient
     person = await register(client)
     await pages.sign_in(person.email, PASSWORD)
     response = await pages.post("/logout")
+    assert response.headers["clear-site-data"] == '"storage"'
     assert "You are signed out." in (await pages.follow(response)).text
     assert "You are signed out." not in (await pages.get("/login")).text
     await pages.get("/dashboard/account", 303)
