@@ -11,6 +11,7 @@ would look like the old one.
 
 import asyncio
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -19,10 +20,18 @@ from typing import Any, Final
 from uuid import UUID
 
 from control.kubernetes.client import (
+    CONFIG_MAPS,
+    CRON_JOBS,
+    DEPLOYMENTS,
     INSTANCES,
+    JOBS,
     LIMIT_RANGES,
     NAMESPACES,
+    PODS,
     RESOURCE_QUOTAS,
+    SERVICES,
+    STATEFUL_SETS,
+    VOLUME_CLAIMS,
     ApiError,
     Conflict,
     KubernetesClient,
@@ -35,6 +44,8 @@ from control.kubernetes.client import Unavailable as ClusterAway
 from control.kubernetes.spec import DATA_PERCENT, MANAGED_LABEL, SpecError, quantity
 from control.provisioners import Found, OnStep, ProvisionError, Spec
 from control.quotas import GIB, MIB, Limits
+
+log = logging.getLogger(__name__)
 
 FIELD_MANAGER: Final = "redisgate-control-plane"
 ORGANIZATION_LABEL: Final = "redisgate.io/organization"
@@ -58,6 +69,15 @@ LEAST_REQUEST_BYTES: Final = 1024
 """The least that the resource allows; what is below that the gateway refuses by the organization's quota."""
 HELPER_MEMORY: Final = 256 * MIB
 """For an exporter, a backup or a pod that takes another's place: what one instance may use beside its pod."""
+KEPT_ANNOTATION: Final = "redisgate.io/kept-for"
+"""On a namespace that outlives its last instance: what is still in it."""
+MAX_KEPT_NAMES: Final = 10
+"""Of what a namespace is kept for, in the annotation."""
+_LOOKED_FOR: Final = (VOLUME_CLAIMS, PODS, SERVICES, CONFIG_MAPS, DEPLOYMENTS, STATEFUL_SETS, CRON_JOBS, JOBS)
+"""Before a namespace is deleted. Secrets are not: whoever may list them may read them."""
+_OPERATOR: Final = "redisgate-operator"
+_AUTOMATIC: Final = frozenset(("kube-root-ca.crt", "openshift-service-ca.crt", "istio-ca-root-cert"))
+"""ConfigMaps that a cluster writes into each namespace."""
 
 _HOPELESS: Final = frozenset(("ModeNotBuilt", "InvalidSpec", "RefusedByCluster", "NameTaken", "NamespaceRefused"))
 
@@ -241,7 +261,7 @@ class KubernetesProvisioner:
             raise _failure(error) from error
 
     async def destroy(self, spec: Spec) -> None:
-        """See `Provisioner.destroy`. The namespace goes with its last instance."""
+        """See `Provisioner.destroy`. The namespace goes with its last instance, unless there is more in it."""
         place = place_of(spec)
         try:
             live = await self._find(spec)
@@ -360,13 +380,9 @@ class KubernetesProvisioner:
                 live = None
         if live is None:
             self._quotas.pop(organization_id, None)
-        labels = {
-            MANAGED_LABEL: FIELD_MANAGER,
-            ORGANIZATION_LABEL: str(organization_id),
-            "pod-security.kubernetes.io/enforce": "restricted",
-        }
-        namespace: Object = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
-        await self._client.apply(namespace, field_manager=FIELD_MANAGER, force=live is not None)
+        await self._client.apply(
+            _namespace_object(organization_id), field_manager=FIELD_MANAGER, force=live is not None
+        )
         await self.limit(organization_id)
 
     async def _namespace(self, name: str) -> Object | None:
@@ -401,11 +417,44 @@ class KubernetesProvisioner:
         ours = labels.get(MANAGED_LABEL) == FIELD_MANAGER and labels.get(ORGANIZATION_LABEL) == str(
             spec.organization_id
         )
-        if not ours or await self._client.list_all(INSTANCES, name):
+        if not ours or "deletionTimestamp" in live["metadata"] or await self._client.list_all(INSTANCES, name):
+            return
+        kept = await self._kept_for(name)
+        if kept:
+            what = ", ".join(kept[:MAX_KEPT_NAMES]) + (", …" if len(kept) > MAX_KEPT_NAMES else "")
+            log.warning("namespace %s has no instance any more, and is kept for %s", name, what)
+            namespace = _namespace_object(spec.organization_id, {KEPT_ANNOTATION: what})
+            namespace["metadata"]["uid"] = live["metadata"]["uid"]
+            await self._client.apply(namespace, field_manager=FIELD_MANAGER, force=True)
+            self._on_step("kubernetes: namespace kept")
             return
         self._quotas.pop(spec.organization_id, None)
         await self._client.delete(NAMESPACES, name, uid=live["metadata"]["uid"])
         self._on_step("kubernetes: namespace deleted")
+
+    async def _kept_for(self, namespace: str) -> list[str]:
+        """What would go with a namespace and is not ours to delete: volumes that were retained, things of others."""
+        found = []
+        for resource in _LOOKED_FOR:
+            for item in await self._client.list_all(resource, namespace):
+                metadata = item["metadata"]
+                ours = (metadata.get("labels") or {}).get(MANAGED_LABEL) in (_OPERATOR, FIELD_MANAGER)
+                automatic = resource == CONFIG_MAPS and metadata["name"] in _AUTOMATIC
+                if resource == VOLUME_CLAIMS or not (ours or automatic):
+                    found.append(f"{resource.kind} {metadata['name']}")
+        return found
+
+
+def _namespace_object(organization_id: UUID, annotations: dict[str, str] | None = None) -> Object:
+    labels = {
+        MANAGED_LABEL: FIELD_MANAGER,
+        ORGANIZATION_LABEL: str(organization_id),
+        "pod-security.kubernetes.io/enforce": "restricted",
+    }
+    metadata: Object = {"name": namespace_of(organization_id), "labels": labels}
+    if annotations:
+        metadata["annotations"] = annotations
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}
 
 
 def quota_objects(organization_id: UUID, limits: Limits) -> list[Object]:

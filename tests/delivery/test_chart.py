@@ -200,6 +200,21 @@ def test_the_charts_rights_are_those_that_components_are_tested_with(component: 
         assert binding["roleRef"]["name"] == name
 
 
+def test_the_charts_policies_are_those_that_components_are_tested_with() -> None:
+    made, account = objects(SETTINGS["everything"]), "system:serviceaccount:redisgate:redisgate-"
+    policy, binding = (
+        each
+        for each in yaml.safe_load_all((RULES / "control-plane.yaml").read_text())
+        if each["kind"].startswith("ValidatingAdmission")
+    )
+    name = "redisgate-redisgate-control-plane"
+    # In the chart the control plane is a part of the gateway.
+    expected = json.loads(json.dumps(policy["spec"]).replace(f"{account}control-plane", f"{account}gateway"))
+    assert expected != policy["spec"]
+    assert find(made, policy["kind"], name)["spec"] == expected
+    assert find(made, binding["kind"], name)["spec"] == binding["spec"] | {"policyName": name}
+
+
 @pytest.mark.parametrize("values", [{}, SETTINGS["gateway only"]], ids=["defaults", "gateway only"])
 def test_a_gateway_without_a_control_plane_may_not_do_what_one_may(values: dict[str, Any]) -> None:
     """It listens to the internet; rights that it has no use for would be an attacker's."""

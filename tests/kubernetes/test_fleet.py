@@ -12,7 +12,7 @@ import yaml
 
 from control.app import make_context
 from control.http import Context
-from control.kubernetes.client import KubernetesClient
+from control.kubernetes.client import NAMESPACES, KubernetesClient, KubernetesError
 from control.kubernetes.fleet import Fleet, changes_in
 from control.provisioners import ProvisionError, Spec
 from control.provisioners import kubernetes as provisioner
@@ -30,8 +30,11 @@ from redisgate.config import ClusterSettings
 from tests.control.conftest import Urls, make_settings, migrated, postgres_server  # noqa: F401
 from tests.kubernetes.cluster import Cluster
 from tests.kubernetes.test_routes import start_cluster
+from tests.servers import wait_for
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
 MANIFESTS = Path(__file__).parents[2] / "k8s"
+RBAC = Path(__file__).parents[2] / "deploy" / "rbac"
 ORGANIZATION = UUID("11111111-2222-4333-8444-555555555555")
 
 
@@ -269,6 +272,75 @@ async def test_a_protected_instance_is_not_deleted(cluster: Cluster, maker: Kube
                 await maker.destroy(spec)
     await maker.destroy(spec)
     assert cluster.find("RedisHttpInstance", place.namespace, place.name) is None
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "data-retained", "labels": {"app.kubernetes.io/managed-by": "redisgate-operator"}},
+            "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}},
+        },
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "theirs"}, "data": {}},
+    ],
+    ids=["a retained volume", "a thing of others"],
+)
+async def test_a_namespace_with_more_in_it_than_its_last_instance_is_kept_and_says_why(
+    cluster: Cluster, maker: KubernetesProvisioner, item: dict[str, Any]
+) -> None:
+    spec = make_spec(organization_id=uuid4())
+    home = place_of(spec).namespace
+    with pytest.raises(ProvisionError):
+        await maker.ensure(spec)
+    item = item | {"metadata": {"namespace": home, **item["metadata"]}}
+    automatic = {"name": "kube-root-ca.crt", "namespace": home}
+    for each in (item, {"apiVersion": "v1", "kind": "ConfigMap", "metadata": automatic}):
+        cluster.create(each)
+    await maker.destroy(spec)
+    assert cluster.all("RedisHttpInstance", home) == []
+    assert cluster.find(item["kind"], home, item["metadata"]["name"]) is not None
+    kept = cluster.find("Namespace", "", home)
+    assert kept is not None
+    assert kept["metadata"]["annotations"] == {"redisgate.io/kept-for": f"{item['kind']} {item['metadata']['name']}"}
+    # With another instance it is a namespace like all others, and goes once there is nothing more in it.
+    another = make_spec(organization_id=spec.organization_id)
+    with pytest.raises(ProvisionError):
+        await maker.ensure(another)
+    used = cluster.find("Namespace", "", home)
+    assert used is not None
+    assert not used["metadata"].get("annotations")
+    cluster.delete(item["kind"], home, item["metadata"]["name"])
+    await maker.destroy(another)
+    wait_for(lambda: cluster.find("Namespace", "", home) is None, what="the end of the namespace")
+
+
+async def test_the_control_plane_changes_no_namespace_but_those_of_organizations(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    for text in ("gateway", "control-plane"):
+        for item in yaml.safe_load_all((RBAC / f"{text}.yaml").read_text()):
+            cluster.create(item)
+    token = cluster.service_account_token("redisgate", "redisgate-control-plane")
+    client = await KubernetesClient.connect(str(cluster.kubeconfig(tmp_path, token)))
+
+    def named(name: str) -> dict[str, Any]:
+        return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"a": "b"}}}
+
+    try:
+        for name in ("shop", "redisgate", "redisgate-system", f"redisgate-{uuid4()}-more"):
+            with pytest.raises(KubernetesError, match="namespaces of organizations only"):
+                await client.apply(named(name), field_manager="theirs", force=True)
+        for name in ("shop", "redisgate"):
+            with pytest.raises(KubernetesError, match="namespaces of organizations only"):
+                await client.delete(NAMESPACES, name)
+        name = f"redisgate-{uuid4()}"
+        await client.apply(named(name), field_manager="ours")
+        await client.delete(NAMESPACES, name)
+        assert cluster.find("Namespace", "", "shop") is not None
+    finally:
+        await client.close()
 
 
 # With the database
