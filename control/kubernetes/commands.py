@@ -70,6 +70,15 @@ def _add_operator_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="in the gateway's namespace, that a resource may name for its Ingress; as often as there are",
     )
+    add(
+        "--engine-image",
+        metavar="BEGINNING",
+        action="append",
+        default=[],
+        help="of images that a resource may name in spec.engine.image, as often as there are; by default the official"
+        " ones. Such an image gets Secrets that whoever made the resource may not read",
+    )
+    add("--no-open-networks", action="store_true", help="refuse spec.networkPolicy.mode: Disabled")
     add("--monitoring-namespace", help="from where exporters may be asked; by default from nowhere")
     add("--image", default="", help="of redisgate, for backups; by default redisgate/redisgate of this version")
     add("--exporter-image", default="", help="of the exporter")
@@ -171,7 +180,7 @@ async def _operate(options: dict[str, Any]) -> None:
 def operator_settings(options: dict[str, Any], own_namespace: str | None) -> Any:
     """From the flags; `own_namespace` is the pod's."""
     import redisgate
-    from control.kubernetes.plan import OperatorSettings
+    from control.kubernetes.plan import OFFICIAL_IMAGES, OperatorSettings
 
     namespace = options["operator_namespace"] or own_namespace or "redisgate"
     plain = (
@@ -186,6 +195,8 @@ def operator_settings(options: dict[str, Any], own_namespace: str | None) -> Any
         gateway_namespace=options["gateway_namespace"] or namespace,
         ingress_annotations=frozenset(options["ingress_annotation"]),
         ingress_tls_secrets=frozenset(options["ingress_tls_secret"]),
+        engine_images=tuple(options["engine_image"]) or OFFICIAL_IMAGES,
+        open_networks=not options["no_open_networks"],
         image=options["image"] or f"redisgate/redisgate:{redisgate.__version__}",
         **chosen,
     )

@@ -22,10 +22,13 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
 
+import msgspec
+
 import redisgate
 from control.kubernetes import plan as planning
 from control.kubernetes.apply import OWNER_LABEL, Applier, BeingDeleted, NotOwned, lean
 from control.kubernetes.client import (
+    CERTIFICATES,
     CRON_JOBS,
     DEPLOYMENTS,
     DISRUPTION_BUDGETS,
@@ -34,6 +37,7 @@ from control.kubernetes.client import (
     JOBS,
     NAMESPACES,
     NETWORK_POLICIES,
+    POD_MONITORS,
     PODS,
     SECRETS,
     SERVICES,
@@ -67,7 +71,7 @@ from control.kubernetes.plan import (
     make_plan,
 )
 from control.kubernetes.queue import WorkQueue
-from control.kubernetes.redis import LoginLost, Running, Unreachable, adjust
+from control.kubernetes.redis import LoginLost, Running, Unreachable, adjust, is_written
 from control.kubernetes.reflector import DELETED, SILENCE_SECONDS, Reflector
 from control.kubernetes.spec import MANAGED_LABEL, Instance, SpecError, read_instance, seconds
 from control.kubernetes.status import (
@@ -110,11 +114,19 @@ CHILDREN: Final = (
     INGRESSES,
 )
 """What is watched. Namespaces are too, where the operator serves all."""
-READ: Final = {"StatefulSet": ("volumeClaimTemplates",), "PersistentVolumeClaim": ("resources",)}
+READ: Final = {"StatefulSet": ("volumeClaimTemplates", "podManagementPolicy"), "PersistentVolumeClaim": ("resources",)}
 """By kind: the fields of a specification that matter here."""
 WITH_THE_GATEWAY: Final = (SECRETS, INGRESSES)
 WHAT_LIES_APART: Final = (CRON_JOBS, JOBS, SERVICES, NETWORK_POLICIES, DISRUPTION_BUDGETS, SECRETS)
 """Of an instance in a namespace of its own, where no owner reference does it."""
+
+
+class SecretRefused(Exception):
+    """A resource names a Secret that is not for it. The text names the field."""
+
+
+class ComeAgain(Exception):
+    """Something has to be gone before the work goes on; nothing is wrong. The text is for people."""
 
 
 class Operator:
@@ -163,6 +175,8 @@ class Operator:
         self._claimed: dict[Key, list[str]] = {}
         # by uid: what the running Redis was told, and what it said
         self._told: dict[str, tuple[str, Running]] = {}
+        # by uid: the strategy and the settings that we have written last, where the reflector may lag behind
+        self._starts: dict[str, tuple[str, Mapping[str, str]]] = {}
 
     @property
     def synced(self) -> bool:
@@ -182,6 +196,7 @@ class Operator:
     async def _work(self) -> None:
         for reflector in (self._instances, *self._children):
             await reflector.synced.wait()
+        self._starts.clear()
         log.info("%d instances are looked after", len(self._instances.store))
         for key in self._instances.store:
             self._queue.add(key)
@@ -195,6 +210,7 @@ class Operator:
         hosts: list[str] = []
         if kind == DELETED:
             self._told.pop(uid, None)
+            self._starts.pop(uid, None)
         else:
             with contextlib.suppress(SpecError):
                 instance = read_instance(item)
@@ -263,6 +279,12 @@ class Operator:
         except SpecError as error:
             await self._write_refusal(item, Problem("Ready", "InvalidSpec", str(error)))
             return None
+        except SecretRefused as error:
+            await self._write_refusal(item, Problem("Ready", "SecretRefused", str(error)))
+            return FOREIGN_SECONDS
+        except ComeAgain as error:
+            await self._write_progress(item, str(error))
+            return WAIT_SECONDS
         except (NotOwned, BeingDeleted) as error:
             reason = "NameTaken" if isinstance(error, NotOwned) else "WaitingForDeletion"
             await self._write_refusal(item, Problem("Ready", reason, str(error)))
@@ -302,8 +324,11 @@ class Operator:
             return FOREIGN_SECONDS
         tokens = await self._keys(instance, hosts)
         tls = foreign.get(planning.tls_secret_name(instance) or "", {})
+        strategy, accepted = self._start_of(instance)
         observed = Observed(
             logins=logins,
+            strategy=strategy,
+            accepted=accepted,
             token=tokens.get("token", ""),
             readonly_token=tokens.get("readonly-token", ""),
             hosts=hosts,
@@ -320,13 +345,18 @@ class Operator:
             return None
         problems += plan.problems
         plan = await self._grow(instance, plan, problems)
+        for resource, namespace, name in plan.absent:
+            if self._applier.find(resource, name, namespace) is not None or self._was_made(instance, resource):
+                await self._applier.delete(resource, name, namespace, instance.uid)
         routes = [child for child in plan.objects if child.get("type") == planning.ROUTE_TYPE]
         await self._apply([child for child in plan.objects if child not in routes], instance)
-        for resource, namespace, name in plan.absent:
-            if self._applier.find(resource, name, namespace) is not None:
-                await self._applier.delete(resource, name, namespace, instance.uid)
         health = self._health(instance)
         running, trouble = await self._tell(instance, observed, former, health)
+        learned = await self._learn(instance, observed, health, running, problems)
+        self._starts[instance.uid] = (learned.strategy, learned.accepted)
+        secret = planning.config_secret(instance, learned)
+        if secret != planning.config_secret(instance, observed):
+            await self._applier.apply(secret, instance.uid)
         # The last way into a Redis that has not heard of newer passwords is kept.
         for login in former if running is not None or instance.spec.pods == 0 else ():
             await self._applier.delete(SECRETS, login.secret_name, home(instance), instance.uid)
@@ -342,7 +372,7 @@ class Operator:
         spec = instance.spec
         if spec.auth.existing_secret or any(part is not None for part in (spec.tls, spec.backup, spec.bootstrap)):
             waits.append(FOREIGN_SECONDS)
-        if trouble is not None:
+        if trouble is not None or (running is not None and planning.is_switching(instance, learned)):
             waits.append(REACH_SECONDS)
         return min(waits, default=None)
 
@@ -392,14 +422,17 @@ class Operator:
             wanted[spec.tls.secret_name] = ("TLSReady", "spec.tls.secretName")
         if spec.backup is not None:
             wanted[spec.backup.s3.credentials_secret] = ("BackupHealthy", "spec.backup.s3.credentialsSecret")
-        if spec.bootstrap is not None:
+        if spec.bootstrap is not None and not instance.status.get("version"):  # it has never answered
             wanted[spec.bootstrap.s3.credentials_secret] = ("Degraded", "spec.bootstrap.s3.credentialsSecret")
         for name, (condition, field) in wanted.items():
             try:
-                found[name] = await self._client.get(SECRETS, name, instance.namespace)
+                secret = await self._client.get(SECRETS, name, instance.namespace)
             except NotFound:
                 text = f"{field}: there is no Secret {name} in namespace {instance.namespace}"
                 problems.append(Problem(condition, "SecretMissing", text))
+                continue
+            _check_foreign(secret, field)
+            found[name] = secret
         if spec.tls is not None and spec.tls.secret_name is None:
             name = planning.tls_secret_name(instance) or ""
             try:
@@ -453,7 +486,9 @@ class Operator:
         if name is None:
             return None
         try:
-            password = decode(await self._client.get(SECRETS, name, instance.namespace)).get("password", "")
+            secret = await self._client.get(SECRETS, name, instance.namespace)
+            _check_foreign(secret, "spec.auth.existingSecret")
+            password = decode(secret).get("password", "")
         except NotFound:
             password = ""
         if not password or any(character.isspace() for character in password):
@@ -479,10 +514,11 @@ class Operator:
             secrets.token_urlsafe(TOKEN_BYTES),
             instance.spec.auth.rotation.trigger or "",
         )
-        login = _login_of(await self._applier.create(secret, instance.uid))
+        made = await self._applier.create(secret, instance.uid)
+        login = _login_of(made) if planning.is_made_for(instance, made) else None
         if login is None:
             name = planning.login_name(instance, generation)
-            text = f"Secret {name} has not both of the keys `password` and `admin-password`: delete it"
+            text = f"Secret {name} is not as the operator makes it: its two passwords, and its owner. Delete it"
             problems.append(Problem("CredentialsReady", "LoginBroken", text))
         return login
 
@@ -511,9 +547,14 @@ class Operator:
         if live is None or wanted is None or persistence is None:
             return plan
         live_claim, claim = live["spec"]["volumeClaimTemplates"][0], wanted["spec"]["volumeClaimTemplates"][0]
-        if size(live_claim) == size(claim) and live_claim["metadata"].get("labels") == claim["metadata"].get("labels"):
+        same = (
+            size(live_claim) == size(claim)
+            and live_claim["metadata"].get("labels") == claim["metadata"].get("labels")
+            and live["spec"].get("podManagementPolicy", "OrderedReady") == wanted["spec"]["podManagementPolicy"]
+        )
+        if same:
             return plan
-        keep = replace(plan, objects=[_with_claim(child, live_claim) for child in plan.objects])
+        keep = replace(plan, objects=[_as_it_is(child, live) for child in plan.objects])
         if size(live_claim) < size(claim) and persistence.resize_policy == "Manual":
             text = f"resizePolicy is Manual: grow the volume claims of {instance.name} to {persistence.size} yourself"
             if any(size(each) < size(claim) for each in self._all_of(instance, VOLUME_CLAIMS)):
@@ -534,7 +575,7 @@ class Operator:
                 return keep
             await self._event(instance, "Normal", "Resizing", f"{name} grows to {persistence.size}")
         if not await self._applier.delete(STATEFUL_SETS, instance.name, home(instance), instance.uid, "Orphan"):
-            raise BeingDeleted(f"StatefulSet {instance.name} is being replaced; its pods stay")
+            raise ComeAgain(f"StatefulSet {instance.name} is being replaced; its pods stay")
         return plan
 
     async def _get(self, resource: Resource, name: str, namespace: str) -> Object | None:
@@ -567,15 +608,25 @@ class Operator:
             self._told.pop(instance.uid, None)
             return None, None
         users = planning.users_of(observed.logins)
-        config = {
-            key: value for key, value in planning.server_config(instance).items() if key not in planning.START_ONLY
-        }
+        config = planning.running_config(instance, observed)
         host, port = observed.address or (planning.service_host(instance, self._settings), PORT)
         mark = _digest([users, config, health.state, host, port])
         known = self._told.get(instance.uid)
         if known is not None and known[0] == mark:
             return known[1], _refused_settings(known[1])
-        addresses = [
+        try:
+            running = await self._adjust(self._addresses(instance, observed, former), users, config)
+        except LoginLost as error:
+            text = f"{error}: its Secret was lost. Delete pod {instance.name}-0, so that it starts with the new ones"
+            return None, Problem("CredentialsReady", "LoginLost", text)
+        except Unreachable as error:
+            return None, Problem("Degraded", "Unreachable", str(error))
+        self._told[instance.uid] = (mark, running)
+        return running, _refused_settings(running)
+
+    def _addresses(self, instance: Instance, observed: Observed, former: Sequence[Login] = ()) -> list[Address]:
+        host, port = observed.address or (planning.service_host(instance, self._settings), PORT)
+        return [
             Address(
                 host=host,
                 port=port,
@@ -587,15 +638,63 @@ class Operator:
             )
             for login in (*observed.logins, *former)
         ]
+
+    def _config_annotations(self, instance: Instance) -> Object:
+        live = self._applier.find(SECRETS, planning.config_name(instance), home(instance)) or {}
+        annotations: Object = live.get("metadata", {}).get("annotations") or {}
+        return annotations
+
+    def _start_of(self, instance: Instance) -> tuple[str, Mapping[str, str]]:
+        """The strategy that the data is in, and the settings that Redis has accepted."""
+        if instance.uid in self._starts:
+            return self._starts[instance.uid]
+        annotations = self._config_annotations(instance)
         try:
-            running = await self._adjust(addresses, users, config)
-        except LoginLost as error:
-            text = f"{error}: its Secret was lost. Delete pod {instance.name}-0, so that it starts with the new ones"
-            return None, Problem("CredentialsReady", "LoginLost", text)
-        except Unreachable as error:
-            return None, Problem("Degraded", "Unreachable", str(error))
-        self._told[instance.uid] = (mark, running)
-        return running, _refused_settings(running)
+            accepted = msgspec.json.decode(annotations.get(planning.SETTINGS_ANNOTATION, "{}"), type=dict[str, str])
+        except msgspec.DecodeError:  # edited by hand: they are accepted anew
+            accepted = {}
+        return annotations.get(planning.STRATEGY_ANNOTATION, ""), accepted
+
+    def _was_made(self, instance: Instance, resource: Resource) -> bool:
+        made: str = self._config_annotations(instance).get(planning.MADE_ANNOTATION, "")
+        return resource.kind in made.split(",")
+
+    async def _learn(
+        self,
+        instance: Instance,
+        observed: Observed,
+        health: Health,
+        running: Running | None,
+        problems: list[Problem],
+    ) -> Observed:
+        """What the running Redis has made true of its next start."""
+        if planning.is_switching(instance, observed):
+            wanted = planning.strategy_of(instance)
+            text = (
+                f"spec.persistence.strategy: its data is kept as {observed.strategy} until a running Redis has written"
+            )
+            problem = Problem("Degraded", "StrategyWaits", f"{text} all of it as {wanted}")
+            written = False
+            if running is not None:
+                try:
+                    append_only = planning.is_append_only(wanted)
+                    written = await is_written(self._addresses(instance, observed), append_only=append_only)
+                except Unreachable as error:
+                    problem = replace(problem, message=f"{problem.message}: {error}")
+            if written:
+                observed = replace(observed, strategy=wanted)
+            else:
+                problems.append(problem)
+        else:
+            observed = replace(observed, strategy=planning.strategy_of(instance))
+        if running is None or not health.settled:
+            return observed
+        accepted = {
+            key: planning.setting_mark(instance, value)
+            for key, value in instance.spec.config.items()
+            if key not in planning.START_ONLY and key not in running.refused
+        }
+        return replace(observed, accepted=accepted)
 
     # The end
 
@@ -627,6 +726,12 @@ class Operator:
             if not await self._applier.delete(NAMESPACES, home(instance), "", uid):
                 return WAIT_SECONDS
         elif apart:
+            for resource, name in (
+                (CERTIFICATES, planning.certificate_name(instance)),
+                (POD_MONITORS, instance.name),
+            ):
+                if self._was_made(instance, resource):
+                    await self._applier.delete(resource, name, home(instance), uid)
             for resource in WHAT_LIES_APART:
                 for child in await self._client.list_all(resource, home(instance), labels=f"{OWNER_LABEL}={uid}"):
                     await self._applier.delete(resource, child["metadata"]["name"], home(instance), uid)
@@ -684,6 +789,14 @@ class Operator:
             "conditions": [*rendered(conditions, before, instance_generation), *kept],
         }
         await self._put_status(item, status)
+
+    async def _write_progress(self, item: Object, text: str) -> None:
+        """Of something that is under way; whatever else is told of the instance stays so."""
+        status = dict(item.get("status") or {})
+        before = {each["type"]: each for each in status.get("conditions") or ()}
+        progress = rendered({"Progressing": Condition(True, "Replacing", text)}, before, item["metadata"]["generation"])
+        kept = [each for kind, each in before.items() if kind not in ("Progressing", "RouteProgrammed")]
+        await self._put_status(item, status | {"conditions": [*progress, *kept]})
 
     async def _write_status(
         self,
@@ -821,6 +934,15 @@ def _keep(item: Object) -> Object:
     return lean(item, *READ.get(item["kind"], ()))
 
 
+def _check_foreign(secret: Object, field: str) -> None:
+    """Who may make a resource may not therefore read every Secret beside it. Raises SecretRefused."""
+    metadata = secret["metadata"]
+    if (metadata.get("labels") or {}).get(MANAGED_LABEL) == MANAGER:
+        raise SecretRefused(f"{field}: Secret {metadata['name']} is the operator's own, of an instance")
+    if field == "spec.tls.secretName" and secret.get("type") != "kubernetes.io/tls":
+        raise SecretRefused(f"{field}: Secret {metadata['name']} is not of type kubernetes.io/tls")
+
+
 def _is_login(secret: Object) -> bool:
     return (secret["metadata"].get("labels") or {}).get(planning.COMPONENT_LABEL) == "login"
 
@@ -847,14 +969,15 @@ def _refused_settings(running: Running) -> Problem | None:
     return Problem("Degraded", "SettingRefused", f"Redis goes on without: {text}")
 
 
-def _with_claim(child: Object, claim: Object) -> Object:
-    """A StatefulSet whose template of claims is the one that there is: it cannot be another."""
+def _as_it_is(child: Object, live: Object) -> Object:
+    """A StatefulSet with what cannot change as it is in the one that there is."""
     if child["kind"] != "StatefulSet":
         return child
-    wanted = child["spec"]["volumeClaimTemplates"][0]
+    claim, wanted = live["spec"]["volumeClaimTemplates"][0], child["spec"]["volumeClaimTemplates"][0]
     kept = wanted | {"spec": wanted["spec"] | {"resources": claim["spec"]["resources"]}}
     kept["metadata"] = {key: claim["metadata"][key] for key in ("name", "labels") if key in claim["metadata"]}
-    return child | {"spec": child["spec"] | {"volumeClaimTemplates": [kept]}}
+    policy = live["spec"].get("podManagementPolicy", "OrderedReady")
+    return child | {"spec": child["spec"] | {"volumeClaimTemplates": [kept], "podManagementPolicy": policy}}
 
 
 def _digest(value: object) -> str:

@@ -20,6 +20,7 @@ import msgspec
 
 from control.kubernetes.apply import OWNER_LABEL
 from control.kubernetes.client import (
+    CERTIFICATES,
     CRON_JOBS,
     DEPLOYMENTS,
     DISRUPTION_BUDGETS,
@@ -27,6 +28,7 @@ from control.kubernetes.client import (
     INSTANCES,
     JOBS,
     NETWORK_POLICIES,
+    POD_MONITORS,
     SECRETS,
     STATEFUL_SETS,
     Object,
@@ -48,6 +50,12 @@ ADDRESS_ANNOTATION: Final = "redisgate.io/address"
 IMAGE_ANNOTATION: Final = "redisgate.io/image-of-"
 """On a StatefulSet or Deployment, with the name of a container; without it the operator takes its newest one."""
 ROUTE_TYPE: Final = "redisgate.io/route"
+STRATEGY_ANNOTATION: Final = "redisgate.io/strategy"
+"""On the Secret of the configuration: how the data lies that Redis is to start from."""
+SETTINGS_ANNOTATION: Final = "redisgate.io/settings"
+"""On the same: the settings that Redis has accepted, each with a digest of what was accepted."""
+MADE_ANNOTATION: Final = "redisgate.io/made"
+"""On the same: objects of kinds that no cluster must have, so that nothing is watched of them."""
 
 PORT: Final = 6379
 EXPORTER_PORT: Final = 9121
@@ -73,6 +81,21 @@ NEVER_ANNOTATIONS: Final = frozenset(
 """Whoever writes one of them has names of others, or Secrets of their own making beside the gateway."""
 CONFIG_DIR: Final = "/etc/redisgate"
 DATA_DIR: Final = "/data"
+SAVE_POINTS: Final = "3600 1 300 100 60 10000"
+OFFICIAL_IMAGES: Final = tuple(
+    f"{registry}{name}{end}"
+    for registry, name in (
+        ("", "valkey/valkey"),
+        ("docker.io/", "valkey/valkey"),
+        ("", "redis"),
+        ("docker.io/library/", "redis"),
+    )
+    for end in (":", "@sha256:")
+)
+"""Beginnings, up to the tag or digest, so that no other name begins so."""
+ANY_REPLY: Final = "PONG|[A-Z]+ "
+POD_MANAGEMENT: Final = "Parallel"
+"""Else a StatefulSet waits for a pod that can never be ready, and no correction reaches it."""
 TLS_DIR: Final = "/tls"
 
 # What Redis reads at its start only; a change of one of them restarts the pod, all others are changed while it runs.
@@ -109,6 +132,10 @@ class OperatorSettings:
     """Annotations that a resource may give its Ingress, which lies in the gateway's namespace: whole keys."""
     ingress_tls_secrets: frozenset[str] = frozenset()
     """Secrets in the gateway's namespace whose certificates a resource may name for its hosts."""
+    engine_images: tuple[str, ...] = OFFICIAL_IMAGES
+    """Beginnings of the images that a resource may name: they get Secrets that whoever made it may not read."""
+    open_networks: bool = True
+    """Whether a resource may do without a NetworkPolicy."""
     monitoring_namespace: str | None = None
     image: str = "redisgate/redisgate:latest"
     exporter_image: str = "oliver006/redis_exporter:v1.67.0"
@@ -145,6 +172,10 @@ class Observed:
     tls_digest: str = ""
     """Of the certificate, so that a renewed one is used."""
     tls_ca: str | None = None
+    strategy: str = ""
+    """Of the data that the instance starts from; empty: it has never been started."""
+    accepted: Mapping[str, str] = field(default_factory=dict)
+    """By setting of the resource: a digest of what the running Redis has accepted."""
     images: Mapping[str, str] = field(default_factory=dict)
     """By container, as the pods have them. A newer operator restarts nobody for the images of its own."""
     address: tuple[str, int] | None = None
@@ -337,6 +368,9 @@ def url_of(instance: Instance, settings: OperatorSettings, hosts: tuple[str, ...
 
 def _standalone(instance: Instance, settings: OperatorSettings, observed: Observed) -> Plan:
     spec, namespace = instance.spec, home(instance)
+    refusal = _refusal(instance, settings)
+    if refusal is not None:
+        return Plan(refusal=refusal)
     problems: list[Problem] = []
     objects: list[Object] = []
     absent: list[tuple[Resource, str, str]] = []
@@ -348,15 +382,9 @@ def _standalone(instance: Instance, settings: OperatorSettings, observed: Observ
         objects += [_copy(instance, secret, namespace) for secret in observed.copies.values()]
     if spec.tls is not None and spec.tls.issuer_ref is not None:
         objects.append(_certificate(instance, settings))
-    objects.append(
-        {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": metadata_of(instance, f"{instance.name}-config", namespace, "config"),
-            "type": "Opaque",
-            "data": encode({"redis.conf": redis_conf(instance), "users.acl": users_acl(observed.logins)}),
-        }
-    )
+    else:
+        absent.append((CERTIFICATES, namespace, certificate_name(instance)))
+    objects.append(config_secret(instance, observed))
     objects.append(_service(instance, namespace, headless=False))
     image = _image(instance, observed, problems)
     template = _pod_template(instance, settings, observed, image)
@@ -380,21 +408,103 @@ def _standalone(instance: Instance, settings: OperatorSettings, observed: Observ
         absent.append((CRON_JOBS, namespace, f"{instance.name}-backup"))
     if spec.monitoring is not None and spec.monitoring.pod_monitor:
         objects.append(_pod_monitor(instance, namespace))
+    else:
+        absent.append((POD_MONITORS, namespace, instance.name))
     objects_of_the_gateway, gone, notes = _at_the_gateway(instance, settings, observed)
     problems += notes
     return Plan(objects + objects_of_the_gateway, absent + gone, problems)
 
 
-def redis_conf(instance: Instance) -> str:
-    """The configuration file. Values of a resource are one line each, which the definition sees to."""
-    lines = [f"{key} {value}" for key, value in server_config(instance).items()]
-    return "\n".join(lines) + "\n"
+def _refusal(instance: Instance, settings: OperatorSettings) -> Problem | None:
+    image = instance.spec.engine.image
+    if image is not None and not image.startswith(settings.engine_images):
+        text = f"spec.engine.image: {image}: the operator allows what begins with {', '.join(settings.engine_images)}"
+        return Problem("Ready", "ImageRefused", text)
+    if instance.spec.network_policy.mode == "Disabled" and not settings.open_networks:
+        text = "spec.networkPolicy.mode: the operator allows no instance without a NetworkPolicy"
+        return Problem("Ready", "OpenNetworkRefused", text)
+    return None
 
 
-def server_config(instance: Instance) -> dict[str, str]:
-    """What redis-server is told, by name. As in redis.conf: a value with blanks that is one word is in quotes."""
+def config_name(instance: Instance) -> str:
+    """Of the Secret with what Redis reads when it starts."""
+    return f"{instance.name}-config"
+
+
+def config_secret(instance: Instance, observed: Observed) -> Object:
+    """What Redis reads when it starts, and beside it what the next plan has to know of it."""
+    metadata = metadata_of(instance, config_name(instance), home(instance), "config")
     spec = instance.spec
-    strategy = spec.persistence.strategy if spec.persistence is not None else ""
+    made = []
+    if spec.tls is not None and spec.tls.issuer_ref is not None:
+        made.append(CERTIFICATES.kind)
+    if spec.monitoring is not None and spec.monitoring.pod_monitor:
+        made.append(POD_MONITORS.kind)
+    metadata["annotations"] = {
+        STRATEGY_ANNOTATION: start_strategy(instance, observed),
+        SETTINGS_ANNOTATION: json.dumps(dict(sorted(observed.accepted.items()))),
+        MADE_ANNOTATION: ",".join(made),
+    }
+    data = encode({"redis.conf": redis_conf(instance, observed), "users.acl": users_acl(observed.logins)})
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "type": "Opaque", "data": data}
+
+
+def strategy_of(instance: Instance) -> str:
+    """How its data is to be kept; empty without a volume."""
+    return instance.spec.persistence.strategy if instance.spec.persistence is not None else ""
+
+
+def is_append_only(strategy: str) -> bool:
+    """Whether Redis starts from an append-only file; it then reads no snapshot, and the other way round."""
+    return strategy.startswith("AOF")
+
+
+def start_strategy(instance: Instance, observed: Observed) -> str:
+    """The one that the data is in: what the resource says, once the running Redis has written it so."""
+    wanted = strategy_of(instance)
+    if not wanted or not observed.strategy or is_append_only(wanted) == is_append_only(observed.strategy):
+        return wanted
+    return observed.strategy
+
+
+def is_switching(instance: Instance, observed: Observed) -> bool:
+    """Whether the data is yet to be written in the form that the resource says."""
+    return start_strategy(instance, observed) != strategy_of(instance)
+
+
+def setting_mark(instance: Instance, value: str) -> str:
+    """Of a setting that was accepted: another value or another server has to accept it again."""
+    return _digest([image_of(instance), value])
+
+
+def redis_conf(instance: Instance, observed: Observed) -> str:
+    """The configuration file. Values of a resource are one line each, which the definition sees to. Of its settings
+    only those that Redis has accepted while it ran are in it: it does not start with one that it does not know."""
+    accepted = {
+        key: value
+        for key, value in instance.spec.config.items()
+        if key in START_ONLY or observed.accepted.get(key) == setting_mark(instance, value)
+    }
+    config = server_config(instance, start_strategy(instance, observed), accepted)
+    return "".join(f"{key} {value}\n" for key, value in config.items())
+
+
+def running_config(instance: Instance, observed: Observed) -> dict[str, str]:
+    """What a running Redis is told. A form of its data is added, and ended at its next start only: a kubelet takes a
+    while to bring a changed file into a pod, and a container that restarts meanwhile starts from the former form."""
+    config = server_config(instance, start_strategy(instance, observed), instance.spec.config)
+    if start_strategy(instance, observed) != strategy_of(instance):
+        config["save"] = SAVE_POINTS
+    if config["save"] != SAVE_POINTS:
+        del config["save"]
+    if config["appendonly"] == "no":
+        del config["appendonly"]
+    return {key: value for key, value in config.items() if key not in START_ONLY}
+
+
+def server_config(instance: Instance, strategy: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """By name. As in redis.conf: a value with blanks that is one word is in quotes."""
+    spec = instance.spec
     config = {
         "bind": "* -::*",
         "protected-mode": "no",
@@ -402,9 +512,9 @@ def server_config(instance: Instance) -> dict[str, str]:
         "dir": DATA_DIR,
         "aclfile": f"{CONFIG_DIR}/users.acl",
         "databases": "1",
-        "appendonly": "yes" if strategy.startswith("AOF") else "no",
+        "appendonly": "yes" if is_append_only(strategy) else "no",
         "appendfsync": "everysec",
-        "save": "3600 1 300 100 60 10000" if strategy in ("RDB", "AOFAndRDB") else '""',
+        "save": SAVE_POINTS if strategy in ("RDB", "AOFAndRDB") else '""',
         "maxmemory": str(maxmemory(instance)),
         "maxmemory-policy": spec.memory.eviction_policy,
     }
@@ -417,7 +527,7 @@ def server_config(instance: Instance) -> dict[str, str]:
         }
         if spec.tls.client_auth == "Optional":
             config["tls-ca-cert-file"] = f"{TLS_DIR}/ca.crt"
-    return config | {key: _in_quotes(value) for key, value in sorted(spec.config.items())}
+    return config | {key: _in_quotes(value) for key, value in sorted(settings.items())}
 
 
 def _in_quotes(value: str) -> str:
@@ -474,13 +584,18 @@ def _certificate(instance: Instance, settings: OperatorSettings) -> Object:
     return {
         "apiVersion": "cert-manager.io/v1",
         "kind": "Certificate",
-        "metadata": metadata_of(instance, f"{instance.name}-tls", home(instance), "certificate"),
+        "metadata": metadata_of(instance, certificate_name(instance), home(instance), "certificate"),
         "spec": {
             "secretName": tls_secret_name(instance),
             "dnsNames": [host, host.removesuffix("." + settings.cluster_domain)],
             "issuerRef": {"name": tls.issuer_ref.name, "kind": tls.issuer_ref.kind, "group": "cert-manager.io"},
         },
     }
+
+
+def certificate_name(instance: Instance) -> str:
+    """Of what cert-manager is asked for."""
+    return f"{instance.name}-tls"
 
 
 def tls_secret_name(instance: Instance) -> str | None:
@@ -550,10 +665,12 @@ def _pod_security() -> Object:
 
 
 def _probe(instance: Instance, answers: str) -> Object:
+    """`answers` is a pattern for a reply: PONG, or an error code. What redis-cli says itself has none."""
     tls = " --tls --insecure" if instance.spec.tls is not None else ""
     cli = "valkey-cli" if instance.spec.engine.type == "Valkey" else "redis-cli"
     ask = f"{cli} -p {PORT}{tls} --user probe --pass probe --no-auth-warning ping 2>&1"
-    return {"exec": {"command": ["sh", "-c", f"{ask} | grep -qE '{answers}'"]}, "timeoutSeconds": 5}
+    reply = f"{ask} | sed 's/^AUTH failed: //'"
+    return {"exec": {"command": ["sh", "-c", f"{reply} | grep -qE '^({answers})'"]}, "timeoutSeconds": 5}
 
 
 def _pod_template(instance: Instance, settings: OperatorSettings, observed: Observed, image: str) -> Object:
@@ -562,12 +679,14 @@ def _pod_template(instance: Instance, settings: OperatorSettings, observed: Obse
         {"name": claim_template(instance), "mountPath": DATA_DIR},
         {"name": "config", "mountPath": CONFIG_DIR, "readOnly": True},
     ]
-    volumes: list[Object] = [{"name": "config", "secret": {"secretName": f"{instance.name}-config"}}]
+    volumes: list[Object] = [{"name": "config", "secret": {"secretName": config_name(instance)}}]
     if spec.persistence is None:
         volumes.append({"name": claim_template(instance), "emptyDir": {}})
     if spec.tls is not None:
         mounts.append({"name": "tls", "mountPath": TLS_DIR, "readOnly": True})
-        volumes.append({"name": "tls", "secret": {"secretName": tls_secret_name(instance)}})
+        files = ["tls.crt", "tls.key", *(["ca.crt"] if spec.tls.client_auth == "Optional" else [])]
+        items = [{"key": name, "path": name} for name in files]
+        volumes.append({"name": "tls", "secret": {"secretName": tls_secret_name(instance), "items": items}})
     server = "valkey-server" if spec.engine.type == "Valkey" else "redis-server"
     redis: Object = {
         "name": "redis",
@@ -576,11 +695,11 @@ def _pod_template(instance: Instance, settings: OperatorSettings, observed: Obse
         "ports": [{"name": "redis", "containerPort": PORT, "protocol": "TCP"}],
         "volumeMounts": mounts,
         "securityContext": _hardened(),
-        # while it loads its data it is alive and not ready
-        "startupProbe": _probe(instance, "PONG|LOADING") | {"periodSeconds": 2, "failureThreshold": LOAD_SECONDS // 2},
-        "livenessProbe": _probe(instance, "PONG|LOADING|BUSY|MASTERDOWN")
-        | {"periodSeconds": 10, "failureThreshold": 6},
-        "readinessProbe": _probe(instance, "PONG") | {"periodSeconds": 5, "failureThreshold": 2},
+        # What answers is alive, also while it loads its data, has too many clients or a full disk, which a restart
+        # would not mend. With a full disk it still reads, so it is ready.
+        "startupProbe": _probe(instance, ANY_REPLY) | {"periodSeconds": 2, "failureThreshold": LOAD_SECONDS // 2},
+        "livenessProbe": _probe(instance, ANY_REPLY) | {"periodSeconds": 10, "failureThreshold": 6},
+        "readinessProbe": _probe(instance, "PONG|MISCONF ") | {"periodSeconds": 5, "failureThreshold": 2},
     }
     if spec.resources.requests or spec.resources.limits:
         redis["resources"] = {
@@ -676,7 +795,7 @@ def _stateful_set(instance: Instance, namespace: str, template: Object) -> Objec
             "replicas": instance.spec.pods,
             "serviceName": f"{instance.name}-headless",
             "selector": {"matchLabels": selector_of(instance)},
-            "podManagementPolicy": "OrderedReady",
+            "podManagementPolicy": POD_MANAGEMENT,
             "revisionHistoryLimit": 3,
             "updateStrategy": {"type": "OnDelete" if instance.spec.update.strategy == "OnDelete" else "RollingUpdate"},
             "template": template,
@@ -782,9 +901,9 @@ def _s3_arguments(s3: S3) -> list[str]:
     ]
 
 
-def _s3_environment(s3: S3) -> list[Object]:
+def _s3_environment(s3: S3, **more: bool) -> list[Object]:
     return [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": s3.credentials_secret, "key": name}}}
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": s3.credentials_secret, "key": name} | more}}
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     ]
 
@@ -793,7 +912,7 @@ def _restore(instance: Instance, settings: OperatorSettings, observed: Observed,
     bootstrap, persistence = instance.spec.bootstrap, instance.spec.persistence
     assert bootstrap is not None
     assert persistence is not None
-    form = "rdb" if persistence.strategy == "RDB" else "aof"
+    form = "aof" if is_append_only(start_strategy(instance, observed)) else "rdb"
     return {
         "name": "restore",
         "image": observed.images.get("restore", settings.image),
@@ -807,7 +926,8 @@ def _restore(instance: Instance, settings: OperatorSettings, observed: Observed,
             "--as",
             form,
         ],
-        "env": _s3_environment(bootstrap.s3),
+        # after the first start nobody needs the bucket, nor its keys
+        "env": _s3_environment(bootstrap.s3, optional=True),
         "volumeMounts": [mount],
         "securityContext": _hardened(),
     }
@@ -965,7 +1085,6 @@ def _route(instance: Instance, settings: OperatorSettings, observed: Observed) -
         "ca": observed.tls_ca,
         "user": GATEWAY_USER,
         "password": logins[0].password,
-        "previous_password": logins[1].password if len(logins) > 1 else None,
         "tokens": [
             {"sha256": hashlib.sha256(token.encode()).hexdigest(), "scopes": scopes, "expires": None}
             for token, scopes in tokens

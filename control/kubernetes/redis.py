@@ -20,6 +20,9 @@ CONNECT_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 5.0
 """For all commands of one adjustment."""
 
+FRESH_SECONDS: Final = 60
+"""A snapshot that is not older holds as much as snapshots promise."""
+
 # Where they lie is decided when Redis starts; they are never sent to a running one.
 _FIXED: Final = frozenset(
     "aclfile bind databases dir port protected-mode tls-port tls-cert-file tls-key-file tls-ca-cert-file".split()
@@ -70,6 +73,33 @@ async def adjust(addresses: Sequence[Address], users: Mapping[str, list[str]], c
                 raise Unreachable(f"Redis refused {command[0]} {command[1]}: {reply}")
             refused[command[2]] = str(reply)
     return Running(server_version(parse_info(replies[0])) or "", refused)
+
+
+async def is_written(addresses: Sequence[Address], *, append_only: bool) -> bool:
+    """Let a Redis write its data in the form that it is to start from, an append-only file or a snapshot. Answers
+    whether that is there: until then a start from it would find nothing. Raises as `adjust()` does."""
+    connection = await _open(addresses)
+    try:
+        if append_only:
+            answer, info = await _ask(connection, [["CONFIG", "SET", "appendonly", "yes"], ["INFO", "persistence"]])
+            if isinstance(answer, ErrorReply):
+                raise Unreachable(f"Redis refused CONFIG SET appendonly: {answer}")
+            facts = parse_info(info)
+            busy = {facts.get(f"aof_rewrite_{what}") for what in ("in_progress", "scheduled")}
+            return facts.get("aof_enabled") == "1" and busy == {"0"} and facts.get("aof_last_bgrewrite_status") == "ok"
+        info, now = await _ask(connection, [["INFO", "persistence"], ["TIME"]])
+        facts = parse_info(info)
+        if facts.get("rdb_bgsave_in_progress") != "0":
+            return False
+        made = int(facts.get("rdb_last_bgsave_time_sec", "-1")) >= 0 and facts.get("rdb_last_bgsave_status") == "ok"
+        if made and int(now[0]) - int(facts["rdb_last_save_time"]) <= FRESH_SECONDS:
+            return True
+        (answer,) = await _ask(connection, [["BGSAVE", "SCHEDULE"]])
+        if isinstance(answer, ErrorReply):
+            raise Unreachable(f"Redis refused BGSAVE: {answer}")
+        return False
+    finally:
+        connection.close(ReplyLost("done"))
 
 
 async def _open(addresses: Sequence[Address]) -> Connection:

@@ -1,17 +1,26 @@
 """What is planned for a resource, read without a cluster and held to the published schemas of Kubernetes."""
 
 import base64
+import contextlib
 import json
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+import redis as redis_py
 
 from control.kubernetes import plan as planning
 from control.kubernetes.client import Object
 from control.kubernetes.plan import PLANS, Login, Observed, OperatorSettings, Plan, claim_hosts, make_plan
 from control.kubernetes.spec import Instance, read_instance
+from tests.servers import free_port, redis_binary, wait_for
 
 SETTINGS = OperatorSettings(
     base_domain="db.example",
@@ -239,6 +248,24 @@ def test_persistence(strategy: str, appendonly: str, save: str) -> None:
     assert (config["appendonly"], config["save"]) == (appendonly, save)
 
 
+@pytest.mark.parametrize(
+    ("former", "newer", "told"),
+    [
+        ("RDB", "RDB", {"save": planning.SAVE_POINTS}),
+        ("AOF", "AOF", {"appendonly": "yes"}),
+        ("RDB", "AOF", {"save": planning.SAVE_POINTS}),
+        ("AOF", "RDB", {"save": planning.SAVE_POINTS, "appendonly": "yes"}),
+    ],
+)
+def test_a_running_redis_goes_on_with_the_form_that_its_file_may_still_name(
+    former: str, newer: str, told: dict[str, str]
+) -> None:
+    """A kubelet brings a changed Secret into a running pod a minute later."""
+    made = instance(persistence={"size": "1Gi", "strategy": newer})
+    config = planning.running_config(made, replace(OBSERVED, strategy=former))
+    assert {key: config[key] for key in ("save", "appendonly") if key in config} == told
+
+
 def test_the_engine_is_the_one_that_was_asked_for() -> None:
     def image(**engine: str) -> str:
         template = one(plan_of(engine=engine), "Deployment")["spec"]["template"]
@@ -246,7 +273,129 @@ def test_the_engine_is_the_one_that_was_asked_for() -> None:
 
     assert image(type="Redis", version="7.2") == "redis:7.2"
     assert image(type="Valkey", version="8.1") == "valkey/valkey:8.1"
-    assert image(image="mirror/redis:custom") == "mirror/redis:custom"
+    assert image(image="valkey/valkey:8.1-alpine") == "valkey/valkey:8.1-alpine"
+
+
+@pytest.mark.parametrize("name", ["mirror/redis:custom", "redis", "redis.evil.example/redis:8", "valkey/valkey-x:8"])
+def test_an_image_gets_secrets_so_only_those_that_are_allowed_run(name: str) -> None:
+    plan = plan_of(engine={"image": name})
+    assert plan.objects == []
+    assert plan.refusal is not None
+    assert (plan.refusal.reason, plan.refusal.message.split(":")[0]) == ("ImageRefused", "spec.engine.image")
+    allowed = replace(SETTINGS, engine_images=(name,))
+    assert plan_of(settings=allowed, engine={"image": name}).refusal is None
+
+
+def test_an_operator_may_insist_on_network_policies() -> None:
+    disabled = {"networkPolicy": {"mode": "Disabled"}}
+    assert plan_of(**disabled).refusal is None
+    refusal = plan_of(settings=replace(SETTINGS, open_networks=False), **disabled).refusal
+    assert refusal is not None
+    assert refusal.reason == "OpenNetworkRefused"
+
+
+def test_a_pod_gets_the_certificate_and_nothing_else_of_its_secret() -> None:
+    def keys(**tls: str) -> list[str]:
+        volumes = one(plan_of(tls={"secretName": "tls"} | tls), "Deployment")["spec"]["template"]["spec"]["volumes"]
+        secret = next(volume["secret"] for volume in volumes if volume["name"] == "tls")
+        return [each["key"] for each in secret["items"]]
+
+    assert keys() == ["tls.crt", "tls.key"]
+    assert keys(clientAuth="Optional") == ["tls.crt", "tls.key", "ca.crt"]
+
+
+def test_a_broken_pod_can_be_corrected() -> None:
+    """With OrderedReady the controller waits for it for ever."""
+    assert one(plan_of(persistence={"size": "1Gi"}), "StatefulSet")["spec"]["podManagementPolicy"] == "Parallel"
+
+
+def test_after_its_first_start_an_instance_needs_no_key_to_the_bucket() -> None:
+    spec = one(plan_of(**EVERYTHING), "StatefulSet")["spec"]["template"]["spec"]
+    assert all(each["valueFrom"]["secretKeyRef"]["optional"] for each in spec["initContainers"][0]["env"])
+    backup = one(plan_of(**EVERYTHING), "CronJob", "cache-backup")["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    assert not any("optional" in str(each) for each in backup["containers"][0]["env"])
+
+
+def test_the_gateway_gets_no_password_that_it_does_not_use() -> None:
+    older = Login(1, "cache-auth-1", "2026-01-01T00:00:00Z", "former", "former-admin")
+    newer = Login(2, "cache-auth-2", "2026-01-02T00:00:00Z", "newer", "newer-admin")
+    told = route(plan_of(replace(OBSERVED, logins=(newer, older))))
+    assert told["password"] == "newer"
+    assert "former" not in json.dumps(told)
+
+
+def test_what_was_switched_off_is_to_be_absent() -> None:
+    absent = [(resource.kind, name) for resource, _, name in plan_of().absent]
+    assert ("PodMonitor", "cache") in absent
+    assert ("Certificate", "cache-tls") in absent
+    plan = plan_of(tls={"issuerRef": {"name": "ca"}}, monitoring={"podMonitor": True})
+    assert not {"PodMonitor", "Certificate"} & {resource.kind for resource, _, _ in plan.absent}
+    assert one(plan, "Secret", "cache-config")["metadata"]["annotations"][planning.MADE_ANNOTATION] == (
+        "Certificate,PodMonitor"
+    )
+
+
+def probe(name: str, port: int) -> bool:
+    container = one(plan_of(engine={"type": "Redis"}), "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    command = [word.replace("-p 6379", f"-p {port}") for word in container[name]["exec"]["command"]]
+    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """With the users of an instance; its port, and the folder of its data."""
+    (tmp_path / "users.acl").write_text(planning.users_acl((LOGIN,)))
+    folder, port = tmp_path / "data", free_port()
+    folder.mkdir()
+    command = [redis_binary(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "1 1"]
+    command += ["--aclfile", str(tmp_path / "users.acl"), "--maxclients", "4"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: probe("readinessProbe", port), 10)
+            yield port, folder
+        finally:
+            process.kill()
+
+
+def admin(port: int) -> Any:
+    return redis_py.Redis(port=port, username=planning.ADMIN_USER, password=LOGIN.admin_password)
+
+
+def test_a_redis_whose_disk_is_full_is_alive_and_reads(redis: tuple[int, Path]) -> None:
+    port, folder = redis
+    with admin(port) as client:
+        client.set("a", "1")
+        shutil.rmtree(folder)
+        with contextlib.suppress(redis_py.ResponseError):
+            client.bgsave()
+        wait_for(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err", 10)
+        with pytest.raises(redis_py.ResponseError, match="MISCONF"):
+            client.set("a", "2")
+        assert client.get("a") == b"1"
+        assert [probe(f"{name}Probe", port) for name in ("startup", "liveness", "readiness")] == [True, True, True]
+
+
+def test_a_redis_with_too_many_clients_is_alive_and_not_ready(redis: tuple[int, Path]) -> None:
+    port, _ = redis
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        wait_for(lambda: not probe("readinessProbe", port), 10)
+        assert probe("livenessProbe", port)
+
+
+def test_who_does_not_answer_is_not_alive(tmp_path: Path) -> None:
+    port = free_port()
+    assert not probe("livenessProbe", port)
+    with socket.create_server(("127.0.0.1", port)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        assert not probe("livenessProbe", port), "it hangs up"
 
 
 def test_an_older_server_does_not_get_the_volume_of_a_newer_one() -> None:
