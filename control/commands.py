@@ -5,6 +5,8 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import asyncpg
+
 from control import accounts, audit, steward
 from control.app import make_context
 from control.audit import Actor, Filter
@@ -90,6 +92,8 @@ def check(settings: Settings) -> list[Finding]:
             version, todo = asyncio.run(_look_at(url, owns=url == migration_url(settings.control)))
         except MigrationError as error:
             report.wrong(f"{name}: {error}", "`redisgate migrate --status` shows what is applied")
+        except asyncpg.ClientConfigurationError as error:
+            report.wrong(f"{name}: {error}", "mend the URL")
         except Exception as error:
             if not unreachable(error):
                 raise

@@ -50,7 +50,7 @@ def examine(settings: Settings, clock: Clock = time.time) -> list[Finding]:
         asyncio.run(_examine(settings, report, clock))
     except Exception as error:
         # Said by `check` already, where it is about reaching PostgreSQL at all.
-        if not unreachable(error) and not isinstance(error, asyncpg.PostgresError):
+        if not unreachable(error) and not isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError):
             raise
         if not any(finding.level == FAIL for finding in report.findings):
             report.about("database")

@@ -313,6 +313,8 @@ def run(settings: ControlSettings, *, status: bool, new: str | None) -> int:
         return asyncio.run(_show_status(settings) if status else _migrate_and_tell(settings))
     except MigrationError as error:
         print(f"redisgate: {error}", file=sys.stderr)
+    except asyncpg.ClientConfigurationError as error:
+        raise ConfigError(f"the URL of the database: {error}") from error
     except Exception as error:
         if not unreachable(error):
             raise

@@ -74,6 +74,15 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="one JSON object, for programs")
     if chosen == "doctor":
         config.add_flags(doctor)
+    healthcheck = commands.add_parser(
+        "healthcheck",
+        help="ask the gateway whether it is ready",
+        description="Ask the gateway that has these settings, on this machine, whether it is ready. Status 0: it is;"
+        " 1: it is not, or not there; 2: the settings cannot be read.",
+        epilog="example: REDISGATE_PORT=3000 redisgate healthcheck",
+    )
+    if chosen == "healthcheck":
+        config.add_flags(healthcheck)
     loadtest = commands.add_parser(
         "loadtest",
         help="put a polite load on a deployment and say how it does",
@@ -190,9 +199,14 @@ def main(argv: list[str] | None = None) -> int:
             return run_doctor(
                 lambda warn: load(options, environ, cwd, warn),
                 cwd / path if path else None,
-                _examine_control,
+                {"control plane": _examine_control, "Kubernetes": _examine_cluster},
                 as_json=as_json,
             )
+        if command == "healthcheck":
+            from redisgate.healthcheck import run_healthcheck
+
+            # What is odd about them is the gateway's to say, once.
+            return run_healthcheck(load(options, environ, cwd, lambda _: None))
         settings = load(options, environ, cwd)
         if command == "migrate":
             if (options["action"] == "new") != (options["name"] is not None):
@@ -237,13 +251,16 @@ def _check_control(settings: "Settings") -> "list[Finding]":
 
 
 def _examine_control(settings: "Settings") -> "list[Finding]":
-    found: list[Finding] = []
-    if settings.control.enabled:
-        from control import doctor
+    if not settings.control.enabled:
+        return []
+    from control import doctor
 
-        found += doctor.examine(settings)
-    if settings.cluster.enabled:
-        from control.kubernetes import doctor as cluster
+    return doctor.examine(settings)
 
-        found += cluster.examine(settings)
-    return found
+
+def _examine_cluster(settings: "Settings") -> "list[Finding]":
+    if not settings.cluster.enabled:
+        return []
+    from control.kubernetes import doctor
+
+    return doctor.examine(settings)

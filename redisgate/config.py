@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from redisgate.policy import Scope, validate_names
 from resp.address import Address, parse_url
@@ -25,6 +26,10 @@ from resp.commands import bundled_table
 
 SETTINGS_VERSION = 1
 """Of the file, as its line `settings_version` says; raised when the meaning of a setting changes or one goes away."""
+
+
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+"""Of a connection to PostgreSQL."""
 
 
 class ConfigError(Exception):
@@ -248,10 +253,42 @@ def boolean(value: Any) -> bool:
     raise ValueError("expected true or false")
 
 
+def _parts(value: str) -> SplitResult | None:
+    """The parts of a URL; None: it is none. What the library says of it would repeat a part of a password."""
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        return None
+    return parts
+
+
 def database(value: Any) -> str:
     """The URL of a PostgreSQL database; its password is never repeated."""
     if not isinstance(value, str) or not value.startswith(("postgresql://", "postgres://")):
         raise ValueError("expected a URL such as postgresql://user:password@host:5432/database")
+    # There may be several hosts, each with a port.
+    scheme, _, rest = value.partition("://")
+    server = re.split("[/?#]", rest, maxsplit=1)[0]
+    end = rest[len(server) :]
+    login, at, hosts = server.rpartition("@")
+    for host in hosts.split(","):
+        parts = _parts(f"{scheme}://{login}{at}{host}{end}")
+        if parts is None or (not at and "@" in end):
+            raise ValueError(
+                "it cannot be read as postgresql://user:password@host:5432/database; in a user or password"
+                " / ? # @ : % are written as %2F %3F %23 %40 %3A %25"
+            )
+        for mode in parse_qs(parts.query).get("sslmode", []):
+            if mode not in SSL_MODES:
+                raise ValueError(f"sslmode is one of {', '.join(SSL_MODES)}")
+    return value
+
+
+def public_url(value: Any) -> str:
+    """The address that people open; `redisgate doctor` says whether it is a good one."""
+    if not isinstance(value, str) or _parts(value) is None:
+        raise ValueError("expected a URL such as https://redis.example.com")
     return value
 
 
@@ -290,7 +327,9 @@ def ratio(value: Any) -> float:
 
 def endpoint(value: Any) -> str:
     """The address of a service over HTTP."""
-    if not isinstance(value, str) or (value and re.fullmatch(r"https?://[^/\s]+(/\S*)?", value) is None):
+    if not isinstance(value, str) or (
+        value and (re.fullmatch(r"https?://[^/\s]+(/\S*)?", value) is None or _parts(value) is None)
+    ):
         raise ValueError("expected a URL such as http://127.0.0.1:4318")
     return value
 
@@ -406,7 +445,7 @@ SETTINGS: tuple[Setting, ...] = (
     _control("database_pool_size", count(1, 1000), "database connections of one worker"),
     _control("migrate_on_start", boolean, "apply migrations when starting; false: `redisgate migrate` does"),
     _control("mode", choice("dev", "production"), "production refuses weak and generated secrets"),
-    _control("public_url", text, "address that links in mails and instances' addresses begin with"),
+    _control("public_url", public_url, "address that links in mails and instances' addresses begin with"),
     _control("registration", boolean, "whether anybody may register"),
     _control("previous_secret_keys", names, "older values of secret_key whose tokens are still taken"),
     _control(

@@ -15,7 +15,7 @@ import shutil
 import ssl
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -45,12 +45,16 @@ Control = Callable[[Settings], list[Finding]]
 
 
 def run_doctor(
-    load: Callable[[Callable[[str], None]], Settings], config: Path | None, control: Control, *, as_json: bool
+    load: Callable[[Callable[[str], None]], Settings],
+    config: Path | None,
+    controls: Mapping[str, Control],
+    *,
+    as_json: bool,
 ) -> int:
     """Print a report; returns 0 if nothing is wrong, 1 if something is, 2 if the settings cannot be read.
 
-    `load` reads the settings, and hands on what is odd about them; `config` is their file; `control` looks at the
-    control plane, if there is one.
+    `load` reads the settings, and hands on what is odd about them; `config` is their file; `controls` look at
+    what this package knows nothing of, by its name.
     """
     report = Report()
     report.about("settings")
@@ -61,21 +65,36 @@ def run_doctor(
         report.wrong(str(error), "change that setting; docs/configuration.md says what each of them expects")
         status = 2
     else:
-        examine(settings, config, control, report)
+        examine(settings, config, controls, report)
         status = int(report.failed)
     print(report.json() if as_json else report.text())
     return status
 
 
-def examine(settings: Settings, config: Path | None, control: Control, report: Report) -> None:
-    """Look at everything."""
-    _look_at_settings(settings, config, report)
-    _look_at_machine(settings, report)
-    _look_at_state_dir(settings, report)
-    _look_at_tls(settings, report)
-    _look_at_ports(settings, report)
-    report.add(control(settings))
-    look_at_instances(settings, report)
+def examine(settings: Settings, config: Path | None, controls: Mapping[str, Control], report: Report) -> None:
+    """Look at everything; what cannot be looked at is a finding, too."""
+    _carefully(report, lambda: _look_at_settings(settings, config, report))
+    _carefully(report, lambda: _look_at_machine(settings, report))
+    _carefully(report, lambda: _look_at_state_dir(settings, report))
+    _carefully(report, lambda: _look_at_tls(settings, report))
+    _carefully(report, lambda: _look_at_ports(settings, report))
+    for subject, control in controls.items():
+        report.about(subject)
+        _carefully(report, lambda control=control: report.add(control(settings)))  # type: ignore[misc]
+    report.about("instances")
+    _carefully(report, lambda: look_at_instances(settings, report))
+
+
+def _carefully(report: Report, work: Callable[[], object]) -> None:
+    try:
+        work()
+    except ModuleNotFoundError as error:
+        report.wrong(f"{error.name} is not installed", "pip install 'redisgate[kubernetes]'")
+    except Exception as error:
+        report.wrong(
+            f"it could not be looked at: {type(error).__name__}: {error}",
+            "mend what is said there; if that is no mistake of yours, tell us",
+        )
 
 
 # Settings

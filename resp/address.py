@@ -69,7 +69,10 @@ def parse_url(url: str) -> Address:
     Raises:
         ValueError: with what is wrong, without the credentials.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # whose text may repeat the credentials
+        raise ValueError("this is no URL such as redis://user:password@host:6379/0") from None
     scheme = parts.scheme.lower()
     if scheme not in ("redis", "rediss", "unix", "redis+unix"):
         raise ValueError(f"a Redis URL begins with redis://, rediss:// or unix://, not {scheme or 'nothing'}://")

@@ -19,6 +19,7 @@ import aiohttp
 import msgspec
 from kubernetes_asyncio.client import ApiClient, Configuration
 from kubernetes_asyncio.config import ConfigException, load_incluster_config, load_kube_config, refresh_token
+from yaml import YAMLError  # of kubernetes-asyncio
 
 import redisgate
 
@@ -194,8 +195,10 @@ class KubernetesClient:
                 loader = await load_kube_config(
                     config_file=path, context=context, client_configuration=configuration, persist_config=False
                 )
-        except (ConfigException, OSError, ValueError) as error:
+        except (ConfigException, OSError, ValueError, YAMLError) as error:
             raise NotConfigured(f"no way to a Kubernetes cluster: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:  # what the library makes of a file that has another form
+            raise NotConfigured("no way to a Kubernetes cluster: the kubeconfig is no YAML of a kubeconfig") from error
         configuration.connection_pool_maxsize = CONNECTIONS
         api = ApiClient(configuration)
         if not urllib.request.getproxies():

@@ -100,6 +100,12 @@ def test_no_way_to_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     failed = said(examine(settings(tmp_path / "none", tmp_path)), FAIL)
     assert "no way to a Kubernetes cluster" in failed
     assert "set REDISGATE_KUBECONFIG" in failed
+    (tmp_path / "odd").write_text("- a list\n")
+    assert "no way to a Kubernetes cluster" in said(examine(settings(tmp_path / "odd", tmp_path)), FAIL)
+    (tmp_path / "odd").write_text("a text")
+    assert "no way to a Kubernetes cluster" in said(examine(settings(tmp_path / "odd", tmp_path)), FAIL)
+    (tmp_path / "odd").write_text("{[")
+    assert "no way to a Kubernetes cluster" in said(examine(settings(tmp_path / "odd", tmp_path)), FAIL)
     config = cluster.kubeconfig(tmp_path)
     config.write_text(config.read_text().replace(str(cluster.port), str(free_port())))
     failed = said(examine(settings(config, tmp_path)), FAIL)

@@ -16,8 +16,8 @@ import pytest
 import trustme
 
 from redisgate import check, doctor
-from redisgate.config import load
-from redisgate.findings import FAIL, NOTE, OK, Report
+from redisgate.config import Settings, load
+from redisgate.findings import FAIL, NOTE, OK, Finding, Report
 from resp.address import Address
 from resp.encoder import encode_command
 from tests.redisgate.test_tls import TlsGateway, write_pair
@@ -36,6 +36,7 @@ class Setup:
 
     def __init__(self, folder: Path, redis: RedisServer) -> None:
         self.folder = folder
+        self.controls: dict[str, doctor.Control] = {}  # the control plane's: tests/control
         self.state_dir = folder / "state"
         self.environ = {
             "REDISGATE_REDIS_URL": redis.url,
@@ -58,7 +59,7 @@ class Setup:
         status = doctor.run_doctor(
             lambda warn: load({}, self.environ, self.folder, warn),
             Path(path) if path else None,
-            lambda settings: [],  # the control plane's: tests/control
+            self.controls,
             as_json=True,
         )
         return json.loads(capsys.readouterr().out) | {"exit": status}
@@ -154,6 +155,22 @@ def tls_to_a_plain_redis(setup: Setup) -> None:
     setup.environ["REDISGATE_REDIS_CONNECT_TIMEOUT"] = "200ms"
 
 
+def slash_in_a_password(setup: Setup) -> None:
+    setup.environ["DATABASE_URL"] = "postgresql://u:hun/ter2@127.0.0.1/db"
+
+
+def unknown_sslmode(setup: Setup) -> None:
+    setup.environ["DATABASE_URL"] = "postgresql://u@127.0.0.1/db?sslmode=bogus"
+
+
+def broken_public_url(setup: Setup) -> None:
+    setup.environ["REDISGATE_PUBLIC_URL"] = "http://[x"
+
+
+def broken_redis_url(setup: Setup) -> None:
+    setup.environ["REDISGATE_REDIS_URL"] = "redis://u:hunter2@\u2100/"  # a sign that means a/c
+
+
 def no_certificate(setup: Setup) -> None:
     setup.environ |= {"REDISGATE_TLS_CERT_FILE": "gone.pem", "REDISGATE_TLS_KEY_FILE": "gone.key"}
 
@@ -177,6 +194,10 @@ def no_certificate(setup: Setup) -> None:
         (no_such_database, "SELECT was refused", "choose another number"),
         (tls_to_a_plain_redis, "no answer from rediss://", "that they speak TLS"),
         (no_certificate, "cannot read", "mend that file"),
+        (slash_in_a_password, "DATABASE_URL: it cannot be read", "/ ? # @ : % are written as %2F"),
+        (unknown_sslmode, "sslmode is one of disable, allow", "change that setting"),
+        (broken_public_url, "REDISGATE_PUBLIC_URL: expected a URL", "change that setting"),
+        (broken_redis_url, "this is no URL such as redis://", "change that setting"),
     ],
     ids=lambda value: value.__name__.replace("_", "-") if callable(value) else "",
 )
@@ -185,11 +206,31 @@ def test_a_broken_set_up_is_named_with_its_cure(
 ) -> None:
     spoil(setup)
     report = setup.run(capsys)
-    assert report["exit"] == (2 if spoil in (unknown_value, broken_file, newer_file) else 1)
+    unreadable = (unknown_value, broken_file, newer_file, slash_in_a_password, unknown_sslmode, broken_public_url)
+    assert report["exit"] == (2 if spoil in (*unreadable, broken_redis_url) else 1)
+    assert "hun" not in json.dumps(report)
     assert report["status"] == FAIL
     (line,) = [line for line in findings(report, FAIL).split("\n") if said in line]
     assert cure in line
     assert report["counts"][FAIL] == 1, findings(report, FAIL)
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'x'", name="x"), TypeError("no map")], ids=["missing", "bug"]
+)
+def test_what_cannot_be_looked_at_is_a_finding_and_the_rest_is_looked_at(
+    error: Exception, setup: Setup, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(settings: Settings) -> list[Finding]:
+        raise error
+
+    setup.controls = {"Kubernetes": fail}
+    report = setup.run(capsys)
+    assert report["exit"] == 1
+    wanted = "it could not be looked at: TypeError: no map" if isinstance(error, TypeError) else "x is not installed"
+    assert f"Kubernetes: {wanted}" in findings(report, FAIL)
+    assert report["counts"][FAIL] == 1
+    assert "reachable, version" in findings(report, OK)
 
 
 def test_a_port_that_something_else_has(
