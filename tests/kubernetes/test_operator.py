@@ -1013,6 +1013,25 @@ def test_the_state_of_backups(shop: Shop, operator: RunningOperator) -> None:
     shop.wait("BackupHealthy", "True", "BackedUp")
 
 
+def test_a_restored_instance_needs_its_bucket_once(shop: Shop, operator: RunningOperator, kubelet: Kubelet) -> None:
+    kubelet.paused = True
+    try:
+        origin = {"fromBackup": "old.rdb", "s3": {"bucket": "backups", "credentialsSecret": "s3"}}
+        shop.declare(bootstrap=origin, **DISK)
+        problem = shop.wait("Degraded", "True", "SecretMissing")
+        assert "spec.bootstrap.s3.credentialsSecret" in problem["message"]
+    finally:
+        kubelet.paused = False
+    shop.cluster.create({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3", "namespace": shop.name}})
+    shop.wait("Degraded", "False")
+    shop.wait()
+    wait_for(lambda: (shop.get() or {})["status"].get("version"), SECONDS)
+    shop.cluster.delete("Secret", shop.name, "s3")
+    shop.change(memory={"evictionPolicy": "allkeys-lru"})
+    shop.wait("Degraded", "False")
+    shop.wait()
+
+
 def test_a_last_backup_comes_before_the_end(shop: Shop, operator: RunningOperator) -> None:
     shop.cluster.create({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "s3", "namespace": shop.name}})
     uid = uid_of(shop.declare(backup=backup(), deletionPolicy="BackupThenDelete", **DISK))
