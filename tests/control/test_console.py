@@ -21,7 +21,7 @@ from resp.address import parse_url
 from tests.control.conftest import Service, Urls
 from tests.control.service import Api, execute, register
 from tests.http import Client
-from tests.servers import RedisServer, wait_for
+from tests.servers import RedisServer, needs_redis_7, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +266,30 @@ def test_a_viewer_runs_no_script_and_a_member_ends_one(
         assert "not available" in reader.run(line)[0]
     assert terminal.run("script kill")[0].startswith("(error) NOTBUSY")
     assert terminal.run("function kill")[0].startswith("(error) NOTBUSY")
+
+
+@needs_redis_7
+@pytest.mark.parametrize("kind", ["SCRIPT", "FUNCTION"])
+def test_whoever_began_what_does_not_end_ends_it(terminal: Terminal, redis: RedisServer, kind: str) -> None:
+    redis.raw(b"CONFIG SET busy-reply-threshold 100\r\n", 5)
+    line = "eval 'while true do end' 0"
+    if kind == "FUNCTION":
+        loop = "callback=function() while true do end end, flags={'no-writes'}"
+        library = rf"#!lua name=forever\nredis.register_function{{function_name='forever', {loop}}}"
+        terminal.run(f'function load replace "{library}"')
+        line = "fcall forever 0"
+    answers: list[list[str]] = []
+    thread = threading.Thread(target=lambda: answers.append(terminal.run(line)))
+    thread.start()
+    try:
+        wait_for(lambda: "BUSY" in terminal.run("get k")[0], what="a busy server")
+        # By a connection of its own: the one that the script came by answers nothing.
+        assert terminal.run(f"{kind} KILL") == ["OK"]
+    finally:
+        thread.join()
+        redis.raw(b"CONFIG SET busy-reply-threshold 5000\r\n", 5)
+    assert "killed by user" in answers[0][0].lower()
+    assert terminal.run("get k") == ["(nil)"]
 
 
 async def test_the_browser_adds_nothing_beyond_the_capacity(redis: RedisServer) -> None:

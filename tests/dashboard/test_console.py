@@ -16,7 +16,7 @@ from control.browser import name_of, pretty_json
 from control.pages import MAX_FORM_BYTES
 from tests.control.service import PASSWORD, Api, register
 from tests.dashboard.conftest import Pages, Service
-from tests.servers import RedisServer
+from tests.servers import RedisServer, needs_redis_7
 
 HOSTILE = "<script>alert(1)</script>\"'& \u202eright to left" + "x" * 200
 
@@ -344,6 +344,7 @@ async def test_the_command_line_works_without_scripts(member: Pages, home: str, 
     assert run(redis, "DBSIZE") == b":0\r\n"
 
 
+@needs_redis_7
 async def test_a_script_that_does_not_end_is_ended_from_the_data_browser(
     member: Pages, viewer: Pages, home: str, redis: RedisServer
 ) -> None:
