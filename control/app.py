@@ -32,7 +32,6 @@ ROUTE_MODULES: Final = (
     "api_keys",
     "usage",
     "instances",
-    "operations",
     "console",
     "admin",
 )

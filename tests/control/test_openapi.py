@@ -57,6 +57,14 @@ def test_the_list_of_routes_in_the_docs_is_current() -> None:
     assert text.endswith(routes_table()), "python -m control.openapi makes the last section of docs/API.md"
 
 
+def test_administrators_have_one_section_and_figures_that_are_described() -> None:
+    schemas = document()["components"]["schemas"]
+    assert {entry.tags for (path, _), entry in ENDPOINTS.items() if path.startswith("/api/admin/")} == {("Platform",)}
+    for name, one in schemas["GatewayStatus"]["properties"].items():
+        assert one.get("type") != "object", f"{name}: of what?"
+    assert "requests_per_second" in schemas["Totals"]["properties"]
+
+
 def test_the_page_loads_nothing_from_elsewhere() -> None:
     text = docs_page()
     assert "<script" not in text
