@@ -16,12 +16,10 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from redisgate.http_protocol import Handler, HttpConnection
 from redisgate.logs import FIELDS, safe_target
 
 if TYPE_CHECKING:
     from redisgate.exchange import Exchange
-    from redisgate.http_head import Head
 
 CHECK_SECONDS = 0.1
 """How often it is looked whether slow requests are answered by now."""
@@ -97,28 +95,16 @@ class AccessLog:
 
 
 class FullAccessLog(AccessLog):
-    """A line for every request, or for a `sample` of them (a part of 1) and every one that failed or was slow.
+    """A line for every request, or for a `sample` of them (a part of 1) and every one that failed or was slow."""
 
-    Stands before the gateway to see when each begins.
-    """
-
-    def __init__(self, gateway: Handler, slow_request: float, *, sample: float = 1.0, keys: bool = False) -> None:
+    def __init__(self, slow_request: float, *, sample: float = 1.0, keys: bool = False) -> None:
         super().__init__(float("inf"), keys=keys)
-        self._gateway = gateway
-        self._now = 0.0
         self._sample = sample
         self._long = slow_request
 
-    def prepare(self, head: "Head") -> None:
-        self._gateway.prepare(head)
-
-    def handle(self, connection: HttpConnection, method: bytes, target: bytes, head: "Head", body: bytes) -> None:
-        self._now = now = time.monotonic()
-        self._gateway.handle(connection, method, target, head, body)
-        if connection.exchanges and not connection.exchanges[-1].gone:
-            self._started[connection.exchanges[-1]] = now
-
     def answered(self, exchange: "Exchange", status: int, answer: bytes) -> None:
-        seconds = time.monotonic() - self._started.pop(exchange, self._now)
-        if self._sample >= 1.0 or status >= 500 or seconds >= self._long or random.random() < self._sample:
+        # What could not be read has no target, and nobody saw it begin.
+        seconds = (time.perf_counter_ns() - exchange.began) / 1e9 if exchange.target else None
+        slow = seconds is not None and seconds >= self._long
+        if self._sample >= 1.0 or status >= 500 or slow or random.random() < self._sample:
             self._write(exchange, status, seconds, answer)

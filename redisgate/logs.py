@@ -20,7 +20,10 @@ import re
 import select
 import threading
 import time
+from functools import cache
 from urllib.parse import unquote_to_bytes
+
+from resp.commands import bundled_table
 
 MAX_WAITING_LINES = 10_000
 """Lines of a worker that wait for standard error."""
@@ -40,6 +43,8 @@ _asked = ""  # while the process runs; instead of the configured level
 _PIPE_BUF = select.PIPE_BUF if hasattr(select, "PIPE_BUF") else 512
 _COMMAND = re.compile(rb"[A-Za-z][A-Za-z0-9._-]{0,31}")
 _INSTANCE_PREFIX = b"redis"
+_commands = cache(bundled_table)
+_SECRET = re.compile(rb"rg[tru]_|eyJ")  # what our tokens begin with, and JSON Web Tokens
 
 
 class _TextFormatter(logging.Formatter):
@@ -181,7 +186,8 @@ def safe_target(raw_target: bytes, *, keys: bool = False) -> str:
 
     Arguments are the callers' data, and the query can carry a token under any spelling (`_token`, `%5Ftoken`, or as a
     path segment by mistake); so neither is shown at all, and a first segment that cannot be a command's name is
-    not either. With `keys` the segment behind the command is, up to `MAX_KEY_BYTES`: mostly that is a key.
+    not either. With `keys` the segment behind the command is, up to `MAX_KEY_BYTES`, if the command's first argument is
+    a key and the segment does not look like a token.
     """
     path, question, _ = raw_target.partition(b"?")
     if not path.startswith(b"/"):
@@ -194,12 +200,21 @@ def safe_target(raw_target: bytes, *, keys: bool = False) -> str:
     if segments:
         shown += _safe_segment(segments[0])
     if len(segments) > 1:
-        if keys and not shown.endswith("…"):
+        if keys and _is_key(segments):
             shown += "/" + _printable(segments[1])
             del segments[1]
         if len(segments) > 1:
             shown += "/…"
     return shown + ("?…" if question else "")
+
+
+def _is_key(segments: list[bytes]) -> bool:
+    """Whether the segment behind the command is one: of what is known to nobody, it is not."""
+    argv = [unquote_to_bytes(segment) for segment in segments]
+    command = _commands().find(argv)
+    if command is None or _SECRET.search(argv[1]) is not None:
+        return False
+    return any(begin == ("index", 1) and "not_key" not in flags for flags, begin, _ in command.specs)
 
 
 def _printable(segment: bytes) -> str:

@@ -77,9 +77,8 @@ def make_http_server(gateway: Gateway, settings: Settings) -> HttpServer:
     if settings.access_log == "all":
         # All answers leave the short way, so that the log hears of each.
         sample, keys = settings.access_log_sample, settings.log_keys
-        full = FullAccessLog(gateway, settings.slow_request, sample=sample, keys=keys)
-        http = HttpServer(full, settings.limits, ResponseHeads(process, remember=False))
-        http.access_log = full
+        http = HttpServer(gateway, settings.limits, ResponseHeads(process, remember=False))
+        http.access_log = FullAccessLog(settings.slow_request, sample=sample, keys=keys)
         return http
     http = HttpServer(gateway, settings.limits, ResponseHeads(process))
     if settings.access_log == "errors":

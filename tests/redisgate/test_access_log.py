@@ -68,6 +68,21 @@ def test_all_or_none(redis_server: RedisServer, wanted: str) -> None:
         gateway.stop()
 
 
+def test_what_could_not_be_read_has_no_time(redis_server: RedisServer) -> None:
+    gateway = Gateway(single_instance(redis_server), ["--workers", "1", "--access-log", "all"])
+    try:
+        with Client(gateway.port) as client:
+            assert client.get("/ping").status == 200
+        with Client(gateway.port) as client:
+            client.send("GET", "/two words")
+            assert client.read().status == 400
+        wait_for(lambda: "400" in gateway.log(), what="the line")
+        assert re.search(r" GET … 400 - - \S+$", gateway.log(), re.MULTILINE), gateway.log()
+        assert re.search(r" GET /ping 200 0\.\d{3}s default ", gateway.log())
+    finally:
+        gateway.stop()
+
+
 def test_a_sample_names_the_answer_the_trace_and_the_key_where_that_is_allowed(redis_server: RedisServer) -> None:
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
     arguments = ["--workers", "1", "--access-log", "all", "--access-log-sample", "0.2", "--log-keys", "true"]

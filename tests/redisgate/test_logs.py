@@ -61,6 +61,36 @@ def test_a_target_is_shown_without_arguments_and_query(target: str, shown: str) 
     assert SECRET not in logs.safe_target(target.encode())
 
 
+@pytest.mark.parametrize(
+    ("target", "shown"),
+    [
+        ("/get/key", "/get/key"),
+        ("/SET/key/value", "/SET/key/…"),
+        ("/mget/one/two", "/mget/one/…"),
+        ("/redis/main/hset/key/field/value", "/redis/main/hset/key/…"),
+        ("/AUTH/hunter2", "/AUTH/…"),
+        ("/auth/user/hunter2", "/auth/…"),
+        ("/echo/topsecret", "/echo/…"),
+        ("/config/set/requirepass/hunter2", "/config/…"),
+        ("/config%20set/requirepass", "/…/…"),
+        ("/publish/channel/message", "/publish/…"),
+        ("/eval/return/1/key", "/eval/…"),
+        ("/nosuch/key", "/nosuch/…"),
+        ("/pipeline/key", "/pipeline/…"),
+        ("/get/rgt_" + SECRET, "/get/…"),
+        ("/get/rg%74_" + SECRET, "/get/…"),
+        ("/get/rgr_" + SECRET, "/get/…"),
+        ("/get/rgu_" + SECRET, "/get/…"),
+        ("/get/eyJ" + SECRET, "/get/…"),
+        ("/get/Bearer%20rgt_" + SECRET, "/get/…"),
+        ("/get/" + "k" * 200, "/get/" + "k" * 128 + "…"),
+        ("/get/a\x1b[31m", "/get/a…[31m"),
+    ],
+)
+def test_a_key_is_shown_where_it_is_one(target: str, shown: str) -> None:
+    assert logs.safe_target(target.encode(), keys=True) == shown
+
+
 def test_json_lines_carry_process_and_worker(pipe: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logs.configure("info", "json")
     logs.enter_worker(3)
