@@ -11,7 +11,6 @@ page contains a script or a style of its own, and the Content-Security-Policy ta
 """
 
 import base64
-import binascii
 import functools
 import gzip
 import hashlib
@@ -393,8 +392,8 @@ async def render(
         known |= {"error": error.message, "fields": fields_of(error)}
     flash = request.raw.cookies.get(FLASH_COOKIE)
     if flash is not None and not known["refreshing"]:
-        known["flash"] = _read_flash(request, flash)
         request.set_cookie(FLASH_COOKIE, "", 0)
+        known["flash"] = _read_flash(request, flash)
     text = environment().get_template(template).render(known | values)
     response = Response(text, status, media_type="text/html", headers=dict(headers or {}))
     if error is not None:
@@ -415,16 +414,27 @@ def redirect(request: PageRequest, url: str, message: str | None = None, **value
         text = json.dumps(
             [message, {name: value if isinstance(value, int) else str(value)[:200] for name, value in values.items()}]
         )
-        request.set_cookie(FLASH_COOKIE, base64.urlsafe_b64encode(text.encode()).decode(), FLASH_SECONDS)
+        kept = base64.urlsafe_b64encode(text.encode()).decode()
+        signature = _flash_signature(secret_keys(request.context.gateway_settings)[0], kept)
+        request.set_cookie(FLASH_COOKIE, f"{signature}.{kept}", FLASH_SECONDS)
     return Response(status_code=303, headers={"Location": quote(url, safe="/:?&=%#~+,;@!$'()*-._")})
 
 
 def _read_flash(request: PageRequest, cookie: str) -> str | None:
+    """The message; None where the cookie is none of ours."""
+    signature, _, kept = cookie.partition(".")
+    right = [_flash_signature(secret, kept).encode() for secret in secret_keys(request.context.gateway_settings)]
+    if not any(hmac.compare_digest(signature.encode(), one) for one in right):
+        return None
     try:
-        key, values = json.loads(base64.urlsafe_b64decode(cookie[:4096]))
-        return request.texts(str(key), **{str(name): value for name, value in dict(values).items()})
-    except (ValueError, KeyError, TypeError, binascii.Error, IndexError, AttributeError):
-        return None  # not a cookie of ours
+        key, values = json.loads(base64.urlsafe_b64decode(kept))
+        return request.texts(key, **values)
+    except KeyError:
+        return None  # of another version, whose catalogue had it
+
+
+def _flash_signature(secret: bytes, kept: str) -> str:
+    return hmac.new(secret, b"redisgate message\0" + kept.encode(), hashlib.sha256).hexdigest()
 
 
 def own_path(text: str, default: str) -> str:

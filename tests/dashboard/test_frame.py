@@ -1,6 +1,7 @@
 """The dashboard's frame: sessions, forms, messages, languages, static files, the catalogue."""
 
 import ast
+import base64
 import logging
 import re
 import tomllib
@@ -14,7 +15,7 @@ from control.app import load_endpoints, load_pages
 from control.console import DELETES_KEYS, RUNS_DANGEROUS
 from control.dashboard.audit_log import AREAS
 from control.database import Database
-from control.http import SPECIAL_PERMISSIONS, Context
+from control.http import SESSION_COOKIE, SPECIAL_PERMISSIONS, Context
 from control.pages import LANGUAGES, texts
 from redisgate.config import Settings
 from redisgate.counters import WORKER
@@ -209,6 +210,28 @@ async def test_the_language_follows_the_browser_and_can_be_chosen(pages: Pages, 
     response = await pages.post("/dashboard/language", language="vi", back="/login?next=%2Fx")
     assert response.headers["location"] == "/login?next=%2Fx"
     assert "Đăng nhập" in (await pages.get("/login")).text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        base64.urlsafe_b64encode(b"[" * 3000).decode(),
+        base64.urlsafe_b64encode(b'["common.saved", {}]').decode(),
+        "0" * 64 + "." + base64.urlsafe_b64encode(b'["common.saved", {}]').decode(),
+        "é.",
+    ],
+    ids=["nested", "not signed", "signed by somebody else", "no text"],
+)
+async def test_a_message_that_is_none_of_ours_is_not_shown_and_not_kept(
+    pages: Pages, client: httpx.AsyncClient, value: str
+) -> None:
+    person = await register(client)
+    await pages.sign_in(person.email, PASSWORD)
+    cookies = f"{SESSION_COOKIE}={client.cookies[SESSION_COOKIE]}; {frame.FLASH_COOKIE}={value}"
+    response = await client.get("/dashboard/account", headers={b"Cookie": cookies.encode()})
+    assert response.status_code == 200
+    assert 'class="flash' not in response.text
+    assert f"{frame.FLASH_COOKIE}=; Path=/; HttpOnly; SameSite=Lax; Max-Age=0" in response.headers["set-cookie"]
 
 
 async def test_static_files_are_kept_by_browsers_and_sent_compressed(client: httpx.AsyncClient) -> None:
