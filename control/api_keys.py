@@ -20,7 +20,7 @@ from msgspec import UNSET, UnsetType
 
 from control import audit, quotas, roles
 from control.database import Connection, Record
-from control.http import BadRequest, Conflict, Context, Forbidden, NotFound
+from control.http import NAME_PATTERN, BadRequest, Conflict, Context, Forbidden, NotFound
 from redisgate.policy import Scope, validate_names
 from resp.commands import bundled_table
 
@@ -42,7 +42,7 @@ _COLUMNS: Final = (
     " updated_at"
 )
 
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100, pattern=NAME_PATTERN)]
 
 
 class CreateApiKey(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -51,6 +51,8 @@ MAX_PAGE_LIMIT: Final = 100
 """Items on one page of a list."""
 MAX_BODY_BYTES: Final = 1024 * 1024
 """Of a request's body, else 413."""
+NAME_PATTERN: Final = r"^[^\s\x00-\x1f\x7f-\x9f](?:[^\x00-\x1f\x7f-\x9f]*[^\s\x00-\x1f\x7f-\x9f])?$(?!\n)"
+"""Of the names that people give to things: one line that looks as it is."""
 MAX_PAGE: Final = 1_000_000
 NO_ROUTE: Final = "none"
 """What metrics call addresses at which there is nothing."""
@@ -762,13 +764,29 @@ def _convert(
         raise BadRequest(_wrong(error)) from error
 
 
+_BOUND: Final = re.compile(r" ([<>]=?) (-?\d+)\b")
+_NO_NAME: Final = "must have no control characters, and no white space at its beginning or end"
+_NOT_SO: Final = "has characters, or an order of them, that are not permitted here"
+_SIZES: Final = ((30, "GiB"), (20, "MiB"))
+
+
 def _wrong(error: msgspec.ValidationError) -> str:
     text, _, at = str(error).partition(" - at `$")
     where = at.rstrip("`").lstrip(".")
     text = text.replace("`", "").replace(" of length >= ", " of a length of at least ")
     text = text.replace(" of length <= ", " of a length of at most ")
+    text = _BOUND.sub(_in_words, text)
+    if " matching regex " in text:
+        text = _NO_NAME if NAME_PATTERN in text or repr(NAME_PATTERN) in text else _NOT_SO
     text = text[:1].lower() + text[1:]
     return f"{text} (at {where})" if where else text
+
+
+def _in_words(found: re.Match[str]) -> str:
+    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}[found[1]]
+    number = int(found[2])
+    size = next(((number >> bits, unit) for bits, unit in _SIZES if number >> bits and not number % (1 << bits)), None)
+    return f" of {words} {number}" + (f" ({size[0]} {size[1]})" if size is not None else "")
 
 
 def _has_nul(value: Any) -> bool:

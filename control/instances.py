@@ -26,7 +26,7 @@ from control.addresses import AddressPolicy
 from control.database import Connection, Database, Record
 from control.duties import duty
 from control.encryption import DecryptionError, Encryption
-from control.http import BadRequest, Conflict, Context, NotFound, Unavailable
+from control.http import NAME_PATTERN, BadRequest, Conflict, Context, NotFound, Unavailable
 from control.instance_tokens import token_digest
 from control.provisioners import GATEWAY_USER, ProvisionError, Spec, version_matches
 from control.provisioners.external import ExternalProvisioner, displayed, endpoint_address
@@ -48,7 +48,7 @@ _TRANSITIONAL = ("pending", "creating", "updating", "stopping", "deleting")
 log = logging.getLogger(__name__)
 
 # "$" alone also matches before a newline at the end; patterns are shown in the OpenAPI document, so no "\\Z".
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=100, pattern=NAME_PATTERN)]
 Slug = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,48}[a-z0-9])?$(?!\n)", max_length=50)]
 Memory = Annotated[int, msgspec.Meta(ge=MIN_MEMORY, le=MAX_MEMORY)]
 Version = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,2}(?:\.[0-9]{1,3}){0,2}$(?!\n)")]

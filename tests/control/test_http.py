@@ -20,6 +20,7 @@ from control import http
 from control.app import load_endpoints
 from control.database import Database
 from control.http import (
+    NAME_PATTERN,
     ApiRequest,
     BadRequest,
     Conflict,
@@ -32,6 +33,7 @@ from control.http import (
     TooManyRequests,
     Unauthorized,
     Unavailable,
+    convert_body,
     endpoint,
     forwarded_address,
     page,
@@ -196,6 +198,38 @@ def test_a_body_that_is_wrong(body: bytes, fields: dict[str, str] | None) -> Non
     assert caught.value.data is None or isinstance(caught.value.data, dict)
     if fields is not None:
         assert caught.value.data == {"fields": fields}
+
+
+class Bounded(msgspec.Struct):
+    count: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+    memory: Annotated[int, msgspec.Meta(ge=1 << 20, le=16 << 30)] = 1 << 20
+    name: Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)] = "x"
+    slug: Annotated[str, msgspec.Meta(pattern="^[a-z]+$")] = "x"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("count", 0, "expected int of at least 1"),
+        ("count", 101, "expected int of at most 100"),
+        ("memory", 1 << 40, "expected int of at most 17179869184 (16 GiB)"),
+        ("memory", 1, "expected int of at least 1048576 (1 MiB)"),
+        *(
+            ("name", name, "must have no control characters, and no white space at its beginning or end")
+            for name in (" x", "x ", "x\n", "a\tb", "a\x9fb", "\u00a0x")
+        ),
+        ("slug", "A", "has characters, or an order of them, that are not permitted here"),
+    ],
+)
+def test_bounds_are_told_in_words(field: str, value: object, words: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        convert_body(Bounded, {field: value})
+    assert caught.value.data == {"fields": {field: words}}
+
+
+@pytest.mark.parametrize("name", ["x", "a  b", "Tiếng Việt", "-", "'\"<>&"])
+def test_a_name_may_be_anything_on_one_line(name: str) -> None:
+    assert convert_body(Bounded, {"name": name}).name == name
 
 
 def test_a_body_that_is_right() -> None:

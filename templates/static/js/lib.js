@@ -134,6 +134,9 @@ function moment(time) {
   else time.textContent = at.toLocaleDateString(document.documentElement.lang, { dateStyle: "medium" });
 }
 
+/** A name as a form's field can take it: white space does not count, as for the server. */
+const oneLine = (text) => text.trim().split(/\s+/).join(" ");
+
 /** Bring to life what stands in an element: copy buttons, times, confirmations. */
 export function enhance(root) {
   for (const button of root.querySelectorAll("[data-copy]")) {
@@ -144,6 +147,6 @@ export function enhance(root) {
   for (const input of root.querySelectorAll("input[data-confirm]")) {
     const button = input.form.querySelector("button");
     button.disabled = true;
-    input.oninput = () => (button.disabled = input.value !== input.dataset.confirm);
+    input.oninput = () => (button.disabled = oneLine(input.value) !== oneLine(input.dataset.confirm));
   }
 }
