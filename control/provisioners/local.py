@@ -27,6 +27,7 @@ import importlib.util
 import logging
 import os
 import pwd
+import re
 import shutil
 import signal
 import stat
@@ -70,6 +71,8 @@ OVERHEAD_BYTES: Final = 2 * 1024 * 1024
 """Added to what an instance's data may take: Redis 7.0 itself takes 0.9 MiB, each connection some 20 KiB."""
 MAX_LOG_BYTES: Final = 1024 * 1024
 """A log larger than this begins anew at the next start."""
+MAX_LAST_WORDS: Final = 64 * 1024
+"""Of a log's end, where the reason is looked for: a report of a crash is some 20 KiB."""
 MAX_SOCKET_PATH: Final = 107
 """Bytes that the path of a Unix socket may have."""
 RUN_AS: Final = ("redisgate", "redis", "nobody")
@@ -259,10 +262,8 @@ class _Home:
     def last_words(self) -> str:
         """The reason that the log gives, in a few words."""
         with contextlib.suppress(OSError), open(self.path / "redis.log", "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = [line for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-            # "1234:M 24 Nov 2026 16:00:00.000 # Can't open the append-only file: Permission denied"
-            return lines[-1].rpartition(" # ")[2].strip()[:300] if lines else "no reason given"
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_LAST_WORDS))
+            return _last_words(file.read().decode("utf-8", "replace"))
         return "no reason given"
 
     def remove(self) -> None:
@@ -339,6 +340,18 @@ class _Home:
             (self.path / "loading").unlink(missing_ok=True)
             _remove_folder(self.new)
             _remove_folder(self.old)
+
+
+def _last_words(text: str) -> str:
+    # "1234:M 24 Nov 2026 16:00:00.000 # Can't open the append-only file: Permission denied"
+    before, crashed, report = text.rpartition("=== REDIS BUG REPORT START")
+    said = [line.partition(" # ")[2].strip() for line in (before if crashed else text).splitlines() if " # " in line]
+    reason = next((words for words in reversed(said) if not words.startswith("WARNING")), "")[:300]
+    if crashed:
+        number = re.search(r"crashed by signal: (\d+)", report)
+        crash = f"it crashed by signal {number[1]}" if number is not None else "it crashed"
+        return f"{reason} ({crash})" if reason else crash
+    return reason or "no reason given"
 
 
 def _remove_folder(path: Path) -> None:

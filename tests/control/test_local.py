@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from control.provisioners import GATEWAY_USER, Found, ProvisionError, Spec
-from control.provisioners.local import OVERHEAD_BYTES, LocalProvisioner, find_servers, stop_everything
+from control.provisioners.local import OVERHEAD_BYTES, LocalProvisioner, _Home, find_servers, stop_everything
 from redisgate.policy import Policy, Scope
 from resp.address import Address
 from resp.commands import bundled_table
@@ -261,6 +261,35 @@ async def test_a_server_that_cannot_start_says_why(local: LocalProvisioner, fold
     with pytest.raises(ProvisionError, match="ended at once: ") as failed:
         await local.ensure(spec)
     assert str(folder) not in str(failed.value)
+
+
+CRASH = """\
+
+=== REDIS BUG REPORT START: Cut & paste starting from here ===
+7:M 24 Nov 2026 16:00:00.001 # Redis 7.0.15 crashed by signal: 11, si_code: 1
+------ REGISTERS ------
+7:M 24 Nov 2026 16:00:00.001 # (00007fff) -> 00
+
+=== REDIS BUG REPORT END. Please report the crash by opening an issue on github:
+  Some other issues could be detected by redis-server --check-system
+"""
+LINE = "7:M 24 Nov 2026 16:00:00.000 # "
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("", "no reason given"),
+        (f"{LINE}Can't open it # here: Permission denied\n", "Can't open it # here: Permission denied"),
+        (f"{LINE}Fatal error\n{LINE}WARNING Memory overcommit must be enabled!\n", "Fatal error"),
+        (f"{LINE}Bad file format\n{CRASH}", "Bad file format (it crashed by signal 11)"),
+        (CRASH, "it crashed by signal 11"),
+    ],
+    ids=["nothing", "a reason", "a warning after it", "a crash", "nothing but a crash"],
+)
+def test_the_last_words_are_the_reason(tmp_path: Path, log: str, reason: str) -> None:
+    (tmp_path / "redis.log").write_text(log)
+    assert _Home(tmp_path).last_words() == reason
 
 
 @pytest.mark.parametrize("mebibytes", [1, 16 * 1024])
