@@ -29,7 +29,7 @@ from control.instances import Routes, address_of
 from redisgate.access import AccessTable, Instance, IpAddress
 from redisgate.config import ControlSettings
 from redisgate.metering import READ, WRITE, UsageCell, percentile
-from resp.commands import CommandTable
+from resp.commands import CommandTable, bundled_table
 from resp.errors import RespError
 from resp.info import parse_info
 from resp.pool import Pool
@@ -59,8 +59,8 @@ MAX_COMMANDS: Final = 200
 """Of one instance whose calls are counted: those that ran most."""
 COMMANDS_STEP: Final = timedelta(minutes=10)
 """In which calls of commands are summed."""
-OWN_COMMANDS: Final = frozenset({"auth", "client", "hello", "info", "ping"})
-"""What every connection needs for itself is not counted among an instance's commands."""
+OWN_COMMANDS: Final = frozenset({"auth", "client", "command", "hello", "info", "ping"})
+"""What every connection needs for itself is not counted among an instance's commands; nor is what administers it."""
 COUNTERS: Final = {
     "hits": "keyspace_hits",
     "misses": "keyspace_misses",
@@ -343,11 +343,18 @@ def _commands(info: Mapping[str, str]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for line, text in info.items():
         name = line.removeprefix("cmdstat_").lower()
-        if name == line.lower() or "\0" in name or name.partition("|")[0] in OWN_COMMANDS:
+        if name == line.lower() or "\0" in name or _is_own(name):
             continue
         stats = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
         found[name[:100]] = [_number(stats.get(part), _MOST_BIGINT) for part in ("calls", "usec", "failed_calls")]
     return dict(sorted(found.items(), key=lambda item: -item[1][0])[:MAX_COMMANDS])
+
+
+def _is_own(name: str) -> bool:
+    if name.partition("|")[0] in OWN_COMMANDS or name == "memory|usage":  # which the data browser asks for each key
+        return True
+    command = bundled_table().find([word.encode() for word in name.split("|")])
+    return command is not None and "admin" in command.flags
 
 
 def _number(text: str | None, most: int) -> int:

@@ -64,6 +64,13 @@ async def test_samples_hold_what_has_come_since_the_one_before(context: Context,
     assert await calls(context, instance_id) == {"get": 8, "set": 4}
 
 
+def test_what_administers_a_server_is_none_of_its_commands() -> None:
+    """Sampling, snapshots, the reconciler and the data browser leave their traces in the same statistics."""
+    own = ("info", "sync", "psync", "replconf", "config|set", "client|setname", "memory|usage", "command|docs")
+    lines = {f"cmdstat_{name}": "calls=1,usec=1,failed_calls=0" for name in (*own, "get", "x.y")}
+    assert usage._commands(lines) == {"get": [1, 1, 0], "x.y": [1, 1, 0]}
+
+
 async def test_a_server_that_was_started_anew_counts_from_zero(context: Context, instance_id: UUID) -> None:
     kept = await keep(context, instance_id, sample("a", 100, get=50), sample("b", 120, get=60))
     assert kept[-1]["hits"] == 120
