@@ -42,6 +42,21 @@ async def described(connection: Connection, events: Sequence[dict[str, Any]]) ->
     ]
 
 
+def grouped(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Described events, of equal neighbours the first, with their number as `times`: for a short list."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if found and _gist(found[-1]) == _gist(event):
+            found[-1]["times"] += 1
+        else:
+            found.append(event | {"times": 1})
+    return found
+
+
+def _gist(event: dict[str, Any]) -> tuple[Any, ...]:
+    return event["action"], event["target"], event["outcome"], event["actor"]["kind"], event["actor"]["name"]
+
+
 def _name(names: dict[str, dict[UUID, str]], target: dict[str, Any]) -> str | None:
     found = _uuid(target["id"])
     return None if found is None else names.get(target["kind"], {}).get(found)

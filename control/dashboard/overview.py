@@ -18,6 +18,8 @@ from redisgate.units import bytes_text, number_text
 
 INSTANCES_SHOWN: Final = 24
 """On one page."""
+EVENTS_READ: Final = 40
+"""Of the audit log, for the overview: equal neighbours are shown as one."""
 EVENTS_SHOWN: Final = 8
 DELETED_SHOWN: Final = 5
 """Of the instances that can be restored."""
@@ -51,7 +53,7 @@ async def overview(request: PageRequest) -> Response:
         rates = await activity.recent_rates(connection, organization_id, ids, context.now())
         latest: list[dict[str, Any]] = []
         if allows(request.principal.role, "audit.read"):
-            latest, _ = await list_events(connection, Filter(organization_id), page=1, limit=EVENTS_SHOWN)
+            latest, _ = await list_events(connection, Filter(organization_id), page=1, limit=EVENTS_READ)
         described = await events.described(connection, latest)
     return await render(
         request,
@@ -68,7 +70,7 @@ async def overview(request: PageRequest) -> Response:
         deleted_total=deleted_total,
         quota=quota,
         warnings=warnings(request, quota),
-        events=described,
+        events=events.grouped(described)[:EVENTS_SHOWN],
     )
 
 

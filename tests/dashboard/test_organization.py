@@ -4,13 +4,14 @@ names, the account's own pages."""
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from control.audit import check_chain
 from control.dashboard.account import agent_name
-from control.dashboard.events import changes
+from control.dashboard.events import changes, grouped
 from control.http import Context
 from control.pages import texts
 from tests.control.people import PASSWORD, Person, join, register, sign_in
@@ -439,6 +440,32 @@ def test_everything_that_is_recorded_has_a_name_for_people() -> None:
     recorded |= {"instances.start", "instances.stop", "instances.restart", "console.dangerous", "console.delete_keys"}
     known = texts("en").keys()
     assert {action for action in recorded if f"organization.action.{action}" not in known} == set()
+
+
+def test_equal_neighbours_are_one_line() -> None:
+    def event(action: str, who: str = "a", outcome: str = "success") -> dict[str, Any]:
+        actor = {"kind": "user", "name": who}
+        return {"action": action, "target": {"kind": "instance", "id": "1"}, "outcome": outcome, "actor": actor}
+
+    found = grouped([event("backup")] * 3 + [event("backup", "b"), event("stop"), event("backup"), event("stop")])
+    assert [(one["action"], one["actor"]["name"], one["times"]) for one in found] == [
+        *(("backup", "a", 3), ("backup", "b", 1), ("stop", "a", 1), ("backup", "a", 1), ("stop", "a", 1)),
+    ]
+
+
+async def test_what_happened_often_takes_one_line_of_the_overview(
+    pages: Pages, client: httpx.AsyncClient, context: Context
+) -> None:
+    person = await register(client)
+    home = await signed_in(pages, client, person)
+    for number in range(9):
+        body = {"name": f"Name {number}"}
+        path = f"/api/organizations/{person.organization_id}"
+        answer = await client.patch(path, json=body, headers={"Authorization": f"Bearer {person.token}"})
+        assert answer.status_code == 200, answer.text
+    shown = (await pages.get(home)).text
+    assert "× 9" in shown
+    assert "Organization created" in shown
 
 
 def test_changes_are_told_name_by_name() -> None:
