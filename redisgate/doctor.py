@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import ssl
 import sys
 import time
@@ -40,6 +41,7 @@ ANSWER_SECONDS: Final = 3.0
 
 _TIME_ERROR = 5  # adjtimex(2): the kernel's clock is not synchronized
 _KERNEL = Path("/proc/sys")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 Control = Callable[[Settings], list[Finding]]
 
@@ -78,6 +80,8 @@ def examine(settings: Settings, config: Path | None, controls: Mapping[str, Cont
     _carefully(report, lambda: _look_at_state_dir(settings, report))
     _carefully(report, lambda: _look_at_tls(settings, report))
     _carefully(report, lambda: _look_at_ports(settings, report))
+    _carefully(report, lambda: _look_at_metrics(settings, report))
+    _carefully(report, lambda: _look_at_collector(settings, report))
     for subject, control in controls.items():
         report.about(subject)
         _carefully(report, lambda control=control: report.add(control(settings)))  # type: ignore[misc]
@@ -253,7 +257,7 @@ def _look_at_tls(settings: Settings, report: Report) -> None:
     report.about("TLS")
     if not settings.tls_cert_file and not settings.tls_key_file:
         public = settings.control.public_url.startswith("https://")
-        if settings.host not in ("127.0.0.1", "::1", "localhost") and not public:
+        if settings.host not in _LOOPBACK and not public:
             report.note(
                 f"the gateway listens on {settings.host} without TLS: tokens can be read on the way",
                 "set tls_cert_file and tls_key_file, or let only a proxy that speaks HTTPS reach it",
@@ -335,15 +339,52 @@ def _look_at_ports(settings: Settings, report: Report) -> None:
         report.ok(f"can be listened on at {settings.host}")
 
 
-def _can_bind(host: str, port: int, report: Report) -> bool:
-    """Whether the gateway could listen there; says so if not, or if one does already."""
+def _look_at_metrics(settings: Settings, report: Report) -> None:
+    port = settings.metrics_port
+    if not port:
+        return
+    report.about(f"metrics port {port}")
+    if port == settings.port:
+        report.wrong("the gateway itself listens on this port", "choose another one for REDISGATE_METRICS_PORT")
+        return
+    if _can_bind(settings.metrics_host, port, report, ("REDISGATE_METRICS_HOST", "/status")):
+        report.ok(f"can be listened on at {settings.metrics_host}")
+    if settings.metrics_host not in _LOOPBACK:
+        report.note(
+            f"whoever reaches {settings.metrics_host} reads the metrics, and in them the names of instances",
+            "set REDISGATE_METRICS_HOST to 127.0.0.1, or let only Prometheus through",
+        )
+
+
+def _look_at_collector(settings: Settings, report: Report) -> None:
+    if not settings.trace_endpoint:
+        return
+    report.about("traces")
+    parts = urlsplit(settings.trace_endpoint)
+    address = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection(address, ANSWER_SECONDS).close()
+    except OSError as error:
+        report.wrong(
+            f"no collector can be reached at {settings.trace_endpoint}: {error.strerror or error}",
+            "start it, or set REDISGATE_TRACE_ENDPOINT to where it takes OTLP over HTTP; spans are dropped until then",
+        )
+    else:
+        report.ok(f"something listens at {settings.trace_endpoint}")
+
+
+def _can_bind(host: str, port: int, report: Report, ours: tuple[str, str] = ("REDISGATE_HOST", "/version")) -> bool:
+    """Whether the gateway could listen there; says so if not, or if one does already.
+
+    `ours`: the setting of that address, and the path where a gateway says its version.
+    """
     from redisgate.supervisor import StartError, bind
 
     try:
         for sock in bind(host, port, 1):
             sock.close()
     except StartError as error:
-        running = _running(host, port)
+        running = _running(host, port, ours[1])
         if running is not None:
             report.ok(f"a RedisGate {running} serves there")
         elif isinstance(error.__cause__, PermissionError):
@@ -357,12 +398,12 @@ def _can_bind(host: str, port: int, report: Report) -> bool:
                 f"end what listens there (`ss -ltnp 'sport = :{port}'` names it), or choose another port",
             )
         else:
-            report.wrong(str(error), "set REDISGATE_HOST to an address of this machine; 0.0.0.0 or :: for all")
+            report.wrong(str(error), f"set {ours[0]} to an address of this machine; 0.0.0.0 or :: for all")
         return False
     return True
 
 
-def _running(host: str, port: int) -> str | None:
+def _running(host: str, port: int, path: str) -> str | None:
     """The version of the gateway that serves there; None: none does."""
     target = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     context = ssl.create_default_context()
@@ -374,7 +415,7 @@ def _running(host: str, port: int) -> str | None:
     )
     for connection in connections:
         try:
-            connection.request("GET", "/version")
+            connection.request("GET", path)
             answer = json.loads(connection.getresponse().read(64 * 1024))
             found = answer.get("data", answer).get("version")
             if isinstance(found, str):

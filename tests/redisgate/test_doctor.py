@@ -215,6 +215,46 @@ def test_a_broken_set_up_is_named_with_its_cure(
     assert report["counts"][FAIL] == 1, findings(report, FAIL)
 
 
+def test_the_port_of_metrics(setup: Setup, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.1)
+    setup.environ["REDISGATE_METRICS_PORT"] = setup.environ["REDISGATE_PORT"]
+    report = setup.run(capsys)
+    assert "metrics port" in findings(report, FAIL)
+    assert "the gateway itself listens on this port -> choose another one" in findings(report, FAIL)
+    port = free_port()
+    setup.environ |= {"REDISGATE_METRICS_PORT": str(port), "REDISGATE_METRICS_HOST": "0.0.0.0"}
+    report = setup.run(capsys)
+    assert (report["exit"], f"metrics port {port}: can be listened on" in findings(report, OK)) == (0, True)
+    assert "reads the metrics, with the names of instances" in findings(report, NOTE)
+    with socket.create_server(("0.0.0.0", port)):
+        report = setup.run(capsys)
+    assert f"metrics port {port}: cannot listen on 0.0.0.0" in findings(report, FAIL)
+    assert "by something that is no RedisGate" in findings(report, FAIL)
+
+
+def test_a_gateway_that_runs_has_its_port_of_metrics(
+    setup: Setup, redis_server: RedisServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = str(free_port())
+    gateway = Gateway(single_instance(redis_server), ["--workers", "1", "--metrics-port", port])
+    try:
+        setup.environ["REDISGATE_METRICS_PORT"] = port
+        report = setup.run(capsys)
+        assert (report["exit"], f"metrics port {port}: a RedisGate" in findings(report, OK)) == (0, True), report
+    finally:
+        gateway.stop()
+
+
+def test_a_collector_of_traces_that_is_not_there(setup: Setup, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        setup.environ["REDISGATE_TRACE_ENDPOINT"] = f"http://127.0.0.1:{server.getsockname()[1]}"
+        report = setup.run(capsys)
+        assert (report["exit"], "traces: something listens" in findings(report, OK)) == (0, True)
+    report = setup.run(capsys)
+    assert "traces: no collector can be reached at http://127.0.0.1" in findings(report, FAIL)
+    assert "set REDISGATE_TRACE_ENDPOINT" in findings(report, FAIL)
+
+
 @pytest.mark.parametrize(
     "error", [ModuleNotFoundError("No module named 'x'", name="x"), TypeError("no map")], ids=["missing", "bug"]
 )
