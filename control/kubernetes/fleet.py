@@ -22,7 +22,7 @@ from control.kubernetes.client import EVENTS, INSTANCES, SECRETS, KubernetesClie
 from control.kubernetes.reflector import ADDED, DELETED, Reflector
 from control.kubernetes.routes import ROUTE_LABEL, RouteError, connect, gateway_namespace, read_route, routed_uid
 from control.kubernetes.spec import MANAGED_LABEL
-from control.provisioners import OnStep, Provisioner, ProvisionError
+from control.provisioners import OnStep, Provisioner, ProvisionError, Spec
 from control.provisioners.kubernetes import (
     FIELD_MANAGER,
     INSTANCE_LABEL,
@@ -183,7 +183,10 @@ class Fleet:
                 return
             changes = changes_in(live, row)
             if changes:
-                await self._take_over(row, changes)
+                try:
+                    await self._take_over(row, changes)
+                except QuotaExceeded as error:
+                    await self._refuse_memory(row, spec, live, changes, error)
                 return
             if row["status"] != "error":
                 suspend = row["desired_state"] == "stopped"
@@ -192,10 +195,34 @@ class Fleet:
         except (ProvisionError, DecryptionError) as error:
             log.warning("instance %s: %s", instance_id, error)
 
+    async def _refuse_memory(
+        self, row: Record, spec: Spec, live: Object, changes: dict[str, Any], error: QuotaExceeded
+    ) -> None:
+        """Put back memory for which the organization's quota has no room; the rest was asked for as ever."""
+        memory = changes.pop("max_memory")
+        if changes:
+            await self._take_over(row, changes)  # the memory is put back when that is brought about
+        else:
+            await self._provisioner.put_back(spec, live, suspend=row["desired_state"] == "stopped")
+        log.warning("instance %s: %d bytes, asked for in the cluster, are refused: %s", row["id"], memory, error)
+        await self._context.database.execute(
+            "UPDATE instances SET status_reason = $2 WHERE id = $1",
+            row["id"],
+            f"the memory that its resource in the cluster was given is put back, over the quota: {error}",
+        )
+
     async def _take_over(self, row: Record, changes: dict[str, Any]) -> None:
-        """Write down what was asked for in the cluster, unless something else was asked for meanwhile."""
+        """Write down what was asked for in the cluster, unless something else was asked for meanwhile.
+
+        Raises:
+            QuotaExceeded: it is more memory than the organization may have; then nothing is written.
+        """
         assignments = ", ".join(f"{name} = ${number}" for number, name in enumerate(changes, 3))
         async with self._context.database.transaction() as connection:
+            if "max_memory" in changes:
+                await quotas.reserve_instance(
+                    connection, row["organization_id"], changes["max_memory"], instance_id=row["id"]
+                )
             taken = await connection.fetchval(
                 f"UPDATE instances SET {assignments}, generation = generation + 1, updated_at = now(), status ="
                 " CASE WHEN status = 'running' THEN 'updating' ELSE status END"

@@ -12,6 +12,7 @@ import yaml
 
 from control.app import make_context
 from control.http import Context
+from control.instances import spec_of
 from control.kubernetes.client import NAMESPACES, KubernetesClient, KubernetesError
 from control.kubernetes.fleet import Fleet, changes_in
 from control.provisioners import ProvisionError, Spec
@@ -362,6 +363,76 @@ async def context(database_urls: Urls, tmp_path: Path) -> AsyncIterator[Context]
     await context.close()
 
 
+async def insert_instance(connection: Any, organization: UUID, instance: UUID, memory: int, room: int) -> None:
+    """A running instance in an organization whose quota has `room` bytes."""
+    await connection.execute(
+        "INSERT INTO organizations (id, name, slug) VALUES ($1, 'n', $2)", organization, organization.hex
+    )
+    await connection.execute(
+        "INSERT INTO quotas (organization_id, max_instances, max_memory, max_api_keys) VALUES ($1, 5, $2, 1)",
+        organization,
+        room,
+    )
+    await connection.execute(
+        "INSERT INTO instances (id, organization_id, name, slug, label, provisioner, max_memory, status,"
+        " observed_generation, provisioned_at, updated_at, token_digest, token_encrypted, readonly_token_digest,"
+        " readonly_token_encrypted) VALUES ($1, $2, 'n', 'n', $3, 'kubernetes', $4, 'running', 1, now(),"
+        " now() - interval '1 hour', $5, $5, $6, $6)",
+        instance,
+        organization,
+        instance.hex,
+        memory,
+        instance.bytes * 2,
+        uuid4().bytes * 2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("room", "more", "expected"),
+    [
+        (1024, {}, {"max_memory": 192 * MIB, "eviction": "noeviction", "generation": 2}),
+        (100, {}, {"max_memory": 64 * MIB, "eviction": "noeviction", "generation": 1}),
+        (100, {"evictionPolicy": "allkeys-lru"}, {"max_memory": 64 * MIB, "eviction": "allkeys-lru", "generation": 2}),
+    ],
+    ids=["with room", "without room", "without room, and another change"],
+)
+async def test_memory_that_was_changed_in_the_cluster_is_taken_over_as_far_as_the_quota_goes(
+    context: Context,
+    cluster: Cluster,
+    maker: KubernetesProvisioner,
+    room: int,
+    more: dict[str, str],
+    expected: dict[str, Any],
+) -> None:
+    organization, instance = uuid4(), uuid4()
+    async with context.database.transaction() as connection:
+        await insert_instance(connection, organization, instance, 64 * MIB, room * MIB)
+    row = await context.database.fetchrow("SELECT * FROM instances WHERE id = $1", instance)
+    assert row is not None
+    spec = spec_of(row, context.encryption)
+    with pytest.raises(ProvisionError):
+        await maker.ensure(spec)
+    place = place_of(spec)
+
+    def change(item: dict[str, Any]) -> None:
+        item["spec"]["resources"]["limits"]["memory"] = "256Mi"
+        item["spec"]["memory"].update(more)
+
+    cluster.edit("RedisHttpInstance", place.namespace, place.name, change)
+    fleet = Fleet(context, lambda instance_id: None)
+    fleet._provisioner = maker
+    await fleet._compare(instance)
+    row = await context.database.fetchrow("SELECT * FROM instances WHERE id = $1", instance)
+    assert row is not None
+    assert {name: row[name] for name in expected} == expected
+    if room == 100:
+        assert "is put back, over the quota: 0 MiB of 100 MiB" in row["status_reason"]
+    if expected["generation"] == 1:
+        live = cluster.find("RedisHttpInstance", place.namespace, place.name)
+        assert live is not None
+        assert max_memory_of(live) in (64 * MIB, 64 * MIB + 1)
+
+
 @pytest.mark.parametrize(
     ("samples", "room", "grown"),
     [([81, 90, 95], 1024, True), ([81, 79, 95], 1024, False), ([95], 1024, False), ([81, 90, 95], 100, False)],
@@ -373,26 +444,7 @@ async def test_an_instance_that_stays_nearly_full_grows_where_its_quota_has_room
     organization, instance = uuid4(), uuid4()
     memory = 64 * MIB
     async with context.database.transaction() as connection:
-        await connection.execute(
-            "INSERT INTO organizations (id, name, slug) VALUES ($1, 'n', $2)", organization, organization.hex
-        )
-        await connection.execute(
-            "INSERT INTO quotas (organization_id, max_instances, max_memory, max_api_keys) VALUES ($1, 5, $2, 1)",
-            organization,
-            room * MIB if room > 100 else memory,
-        )
-        await connection.execute(
-            "INSERT INTO instances (id, organization_id, name, slug, label, provisioner, max_memory, status,"
-            " observed_generation, provisioned_at, updated_at, token_digest, token_encrypted, readonly_token_digest,"
-            " readonly_token_encrypted) VALUES ($1, $2, 'n', 'n', $3, 'kubernetes', $4, 'running', 1, now(),"
-            " now() - interval '1 hour', $5, $5, $6, $6)",
-            instance,
-            organization,
-            instance.hex,
-            memory,
-            instance.bytes * 2,
-            uuid4().bytes * 2,
-        )
+        await insert_instance(connection, organization, instance, memory, room * MIB if room > 100 else memory)
         now = datetime.now(UTC).replace(second=0, microsecond=0)
         context.clock = (now + timedelta(seconds=30)).timestamp
         for minutes, percent in enumerate(samples):
