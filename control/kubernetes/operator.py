@@ -15,12 +15,14 @@ import hashlib
 import logging
 import re
 import secrets
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -171,12 +173,14 @@ class Operator:
         # by uid of the resource: what there is of it, as the reflectors keep it
         self._owned: dict[str, dict[tuple[Resource, Key], Object]] = {}
         # by host: who claims it
-        self._claims: dict[str, dict[str, tuple[tuple[str, str], str, Key]]] = {}
+        self._claims: dict[str, dict[str, tuple[planning.Precedence, Key]]] = {}
         self._claimed: dict[Key, list[str]] = {}
         # by uid: what the running Redis was told, and what it said
         self._told: dict[str, tuple[str, Running]] = {}
         # by uid: the strategy and the settings that we have written last, where the reflector may lag behind
         self._starts: dict[str, tuple[str, Mapping[str, str]]] = {}
+        # by uid: since when it has waited for its data to be written in another form
+        self._switches: dict[str, float] = {}
 
     @property
     def synced(self) -> bool:
@@ -211,6 +215,7 @@ class Operator:
         if kind == DELETED:
             self._told.pop(uid, None)
             self._starts.pop(uid, None)
+            self._switches.pop(uid, None)
         else:
             with contextlib.suppress(SpecError):
                 instance = read_instance(item)
@@ -223,11 +228,11 @@ class Operator:
             if not claims:
                 del self._claims[host]
         for host in hosts:
-            self._claims.setdefault(host, {})[uid] = (instance.age, uid, key)
+            self._claims.setdefault(host, {})[uid] = (planning.claim_of(instance, host, own), key)
         if hosts:
             self._claimed[key] = hosts
         for host in set(former) ^ set(hosts):
-            for _, _, other in self._claims.get(host, {}).values():
+            for _, other in self._claims.get(host, {}).values():
                 self._queue.add(other)
 
     def _heard_of_child(self, kind: str, item: Object, before: Object | None) -> None:
@@ -391,10 +396,11 @@ class Operator:
 
     def _hosts(self, instance: Instance) -> tuple[tuple[str, ...], dict[str, str]]:
         others = {
-            host: [(age, uid, "/".join(key)) for age, uid, key in self._claims.get(host, {}).values()]
+            host: [(precedence, uid) for uid, (precedence, _) in self._claims.get(host, {}).items()]
             for host in instance.spec.gateway.hosts
         }
-        return planning.claim_hosts(instance, others, self._settings.base_domain)
+        dashboard = urlsplit(self._settings.public_url).hostname or ""
+        return planning.claim_hosts(instance, others, self._settings.base_domain, dashboard)
 
     def _address(self, instance: Instance) -> tuple[str, int] | None:
         """Where it is, if we are outside of the cluster and somebody has opened a way."""
@@ -675,7 +681,10 @@ class Operator:
             )
             problem = Problem("Degraded", "StrategyWaits", f"{text} all of it as {wanted}")
             written = False
-            if running is not None:
+            # A Redis that writes its first append-only file does not stop: none that is about to be replaced, which we
+            # may not have heard yet.
+            waited = time.monotonic() - self._switches.setdefault(instance.uid, time.monotonic())
+            if running is not None and health.settled and waited >= REACH_SECONDS:
                 try:
                     append_only = planning.is_append_only(wanted)
                     written = await is_written(self._addresses(instance, observed), append_only=append_only)
@@ -686,6 +695,7 @@ class Operator:
             else:
                 problems.append(problem)
         else:
+            self._switches.pop(instance.uid, None)
             observed = replace(observed, strategy=planning.strategy_of(instance))
         if running is None or not health.settled:
             return observed
@@ -827,6 +837,7 @@ class Operator:
                 "http": planning.url_of(instance, self._settings, observed.hosts),
                 "redis": f"{'rediss' if spec.tls is not None else 'redis'}://{host}:{port}",
             },
+            "hosts": planning.granted_hosts(instance, observed.hosts, stamp(datetime.now(UTC))),
             "conditions": rendered(conditions, before, instance.generation),
         }
         if health.ready and spec.persistence is not None:

@@ -1154,26 +1154,49 @@ PLANS: Final[dict[str, Callable[[Instance, OperatorSettings, Observed], Plan]]] 
 # Hosts
 
 
+Precedence = tuple[int, str, str]
+"""Sorts claims of one host: whose it is comes first."""
+
+
+def claim_of(instance: Instance, host: str, own: str) -> Precedence:
+    """An instance's own label is always its; then who was given the host first; then the oldest resource. An older one
+    that asks later does not get what works for another."""
+    if host == own:
+        return 0, "", instance.uid
+    for granted in instance.status.get("hosts") or ():
+        if granted["host"] == host:
+            return 1, granted["since"], instance.uid
+    return 2, *instance.age
+
+
+def granted_hosts(instance: Instance, hosts: tuple[str, ...], now: str) -> list[Object]:
+    """For the status: its further hosts, and since when it has each."""
+    since = {each["host"]: each["since"] for each in instance.status.get("hosts") or ()}
+    return [{"host": host, "since": since.get(host, now)} for host in hosts if host in instance.spec.gateway.hosts]
+
+
 def claim_hosts(
-    instance: Instance, others: Mapping[str, list[tuple[tuple[str, str], str, str]]], base_domain: str
+    instance: Instance, others: Mapping[str, list[tuple[Precedence, str]]], base_domain: str, dashboard: str = ""
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The hosts that are an instance's, the one of its own first, and why others are not.
 
-    `others` tells of each host who claims it: (age, uid, namespace/name). The oldest claim wins.
+    `others` tells of each host who claims it, by uid, itself among them. `dashboard` is the host of the gateway's own.
     """
     if not base_domain:
         return (), dict.fromkeys(instance.spec.gateway.hosts, "this gateway has no base domain")
     ours, refused = [f"{instance.label}.{base_domain}"], {}
     for host in instance.spec.gateway.hosts:
-        oldest = min(others.get(host, []), default=None)
+        first = min(others.get(host, []), default=None)
         if not host.endswith("." + base_domain):
             refused[host] = f"it is not under {base_domain}"
         elif "." in host.removesuffix("." + base_domain):
             refused[host] = (
                 f"it is more than one label under {base_domain}, which a wildcard certificate does not cover"
             )
-        elif oldest is not None and oldest[1] != instance.uid and oldest[0] < instance.age:
-            refused[host] = "an older instance has it"
+        elif host == dashboard:
+            refused[host] = "it is the dashboard's"
+        elif first is not None and first[1] != instance.uid and first[0] < claim_of(instance, host, ours[0]):
+            refused[host] = "another instance has it"
         elif host not in ours:
             ours.append(host)
     return tuple(ours), refused

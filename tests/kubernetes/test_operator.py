@@ -875,10 +875,17 @@ def test_the_oldest_claim_of_a_host_wins(shop: Shop, operator: RunningOperator) 
     shop.wait(name="second")
     problem = shop.condition("Degraded", "second")
     assert problem["reason"] == "HostRefused"
-    for text in ("an older instance has it", "bank.example: it is not under db.example", "more than one label"):
+    for text in ("another instance has it", "bank.example: it is not under db.example", "more than one label"):
         assert text in problem["message"]
     assert host in (shop.route("first") or {})["hosts"]
     assert len((shop.route("second") or {})["hosts"]) == 1
+    # An older resource that asks later does not get what works for another.
+    other = f"other-{host}"
+    shop.change("second", gateway={"hosts": [host, other]})
+    wait_for(lambda: [each["host"] for each in (shop.get("second") or {})["status"]["hosts"]] == [other], SECONDS)
+    shop.change("first", gateway={"hosts": [host, other]})
+    wait_for(lambda: f"{other}: another instance has it" in shop.condition("Degraded", "first")["message"], SECONDS)
+    assert other in (shop.route("second") or {})["hosts"]
     shop.delete("first")
     wait_for(lambda: host in (shop.route("second") or {})["hosts"], SECONDS)
 

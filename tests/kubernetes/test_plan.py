@@ -458,12 +458,42 @@ def test_a_quantity_that_is_none_is_named() -> None:
 def test_hosts() -> None:
     wanted = instance(gateway={"hosts": ["a.db.example", "db.example", "x.example", "b.db.example"]})
     own = f"{wanted.label}.db.example"
-    older = {"b.db.example": [(("2020-01-01T00:00:00Z", "1"), "1", "shop/older")]}
+    older = {"b.db.example": [((2, "2020-01-01T00:00:00Z", "1"), "1")]}
     wanted = replace(wanted, created="2021-01-01T00:00:00Z")
     hosts, refused = claim_hosts(wanted, older, "db.example")
     assert hosts == (own, "a.db.example")
     assert set(refused) == {"db.example", "x.example", "b.db.example"}
+    assert claim_hosts(wanted, older, "db.example", "a.db.example")[1]["a.db.example"] == "it is the dashboard's"
     assert claim_hosts(wanted, {}, "") == (
         (),
         dict.fromkeys(wanted.spec.gateway.hosts, "this gateway has no base domain"),
     )
+
+
+def test_a_host_stays_with_the_instance_that_was_given_it() -> None:
+    host = "b.db.example"
+    old = replace(instance(gateway={"hosts": [host]}), uid="old", created="2020-01-01T00:00:00Z")
+    young = replace(old, uid="young", created="2024-01-01T00:00:00Z")
+
+    def winners(*claimants: Instance) -> list[str]:
+        own = {each.uid: f"{each.label}.db.example" for each in claimants}
+        claims = {host: [(planning.claim_of(each, host, own[each.uid]), each.uid) for each in claimants]}
+        return [each.uid for each in claimants if host in claim_hosts(each, claims, "db.example")[0]]
+
+    assert winners(old, young) == ["old"]
+    given = planning.granted_hosts(young, (f"{young.label}.db.example", host), "2025-01-01T00:00:00Z")
+    assert given == [{"host": host, "since": "2025-01-01T00:00:00Z"}]
+    young = replace(young, status={"hosts": given})
+    assert winners(old, young) == ["young"], "it works there"
+    assert planning.granted_hosts(young, (host,), "2026-01-01T00:00:00Z") == given, "since then"
+    later = replace(old, status={"hosts": [{"host": host, "since": "2025-06-01T00:00:00Z"}]})
+    assert winners(later, young) == ["young"]
+    owner = replace(old, uid="owner")
+    theirs = f"{owner.label}.db.example"
+    thief = replace(
+        old, spec=instance(gateway={"hosts": [theirs]}).spec, status={"hosts": [{"host": theirs, "since": ""}]}
+    )
+    claims = {
+        theirs: [(planning.claim_of(owner, theirs, theirs), "owner"), (planning.claim_of(thief, theirs, "-"), "old")]
+    }
+    assert claim_hosts(thief, claims, "db.example")[1] == {theirs: "another instance has it"}
