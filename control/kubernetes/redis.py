@@ -87,12 +87,13 @@ async def is_written(addresses: Sequence[Address], *, append_only: bool) -> bool
             facts = parse_info(info)
             busy = {facts.get(f"aof_rewrite_{what}") for what in ("in_progress", "scheduled")}
             return facts.get("aof_enabled") == "1" and busy == {"0"} and facts.get("aof_last_bgrewrite_status") == "ok"
-        info, now = await _ask(connection, [["INFO", "persistence"], ["TIME"]])
-        facts = parse_info(info)
+        info, server, time = await _ask(connection, [["INFO", "persistence"], ["INFO", "server"], ["TIME"]])
+        facts, now = parse_info(info), int(time[0])
         if facts.get("rdb_bgsave_in_progress") != "0":
             return False
-        made = int(facts.get("rdb_last_bgsave_time_sec", "-1")) >= 0 and facts.get("rdb_last_bgsave_status") == "ok"
-        if made and int(now[0]) - int(facts["rdb_last_save_time"]) <= FRESH_SECONDS:
+        # One that has just started says that it saved then, and a snapshot for a replica is in no file.
+        saved, started = int(facts["rdb_last_save_time"]), now - int(parse_info(server)["uptime_in_seconds"])
+        if saved > started + 1 and now - saved <= FRESH_SECONDS and facts["rdb_last_bgsave_status"] == "ok":
             return True
         (answer,) = await _ask(connection, [["BGSAVE", "SCHEDULE"]])
         if isinstance(answer, ErrorReply):
