@@ -81,7 +81,7 @@ test: lint $(JS)/node_modules/.package-lock.json $(STAMPS)/compiled
 	fi
 
 manifests: $(STAMPS)/dev
-	$(BIN)/python deploy/manifests.py --copy-definitions
+	$(BIN)/python deploy/manifests.py --copy-files
 
 docs: $(STAMPS)/dev
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict

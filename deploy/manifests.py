@@ -17,6 +17,8 @@ import helm_python as helm
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "deploy" / "helm" / "redisgate"
+SOURCES = [*(ROOT / "control" / "kubernetes" / "crd").glob("*.yaml"), ROOT / "deploy" / "prometheus" / "alerts.yml"]
+"""Of the copies in the chart's files/."""
 NAMESPACE = """\
 apiVersion: v1
 kind: Namespace
@@ -74,9 +76,9 @@ def write(folder: Path, chosen: dict[str, Any]) -> None:
             (folder / f"{FILES[name]}-{name}.yaml").write_text(HEAD + text.strip() + "\n")
 
 
-def copy_definitions() -> None:
-    """The definitions of resources are the package's own; the chart holds copies."""
-    for source in (ROOT / "control" / "kubernetes" / "crd").glob("*.yaml"):
+def copy_files() -> None:
+    """The definitions of resources are the package's own, the alerts Prometheus's; the chart holds copies."""
+    for source in SOURCES:
         shutil.copy(source, CHART / "files" / source.name)
 
 
@@ -85,10 +87,10 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", type=Path, help="new, empty or of an earlier run; by default k8s/")
     parser.add_argument("--image", help="by default redisgate with the chart's appVersion, which no registry has")
     parser.add_argument("--control-plane", action="store_true", help="with accounts and a dashboard, over a database")
-    parser.add_argument("--copy-definitions", action="store_true", help="before, copy the package's into the chart")
+    parser.add_argument("--copy-files", action="store_true", help="before, copy definitions and alerts into the chart")
     options = parser.parse_args()
-    if options.copy_definitions:
-        copy_definitions()
+    if options.copy_files:
+        copy_files()
     try:
         write(options.folder or ROOT / "k8s", values(options.image, control_plane=options.control_plane))
     except Refused as error:

@@ -1,6 +1,7 @@
 """The Helm chart: rendered by Helm itself, checked against its schema and against the API's published one."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,8 +48,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "host": "redis.example.com",
             "tls": {"enabled": True, "secretName": "wildcard"},
         },
-        "gateway": {"autoscaling": {"targetRequestsInFlight": 200}, "nodeSelector": {"kubernetes.io/os": "linux"}},
-        "metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}},
+        "gateway": {
+            "autoscaling": {"targetRequestsInFlight": 200},
+            "nodeSelector": {"kubernetes.io/os": "linux"},
+            "tls": {"secretName": "gateway-tls"},
+        },
+        "metrics": {
+            "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+            "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+        },
         "networkPolicy": {"ingressFrom": [{"podSelector": {"matchLabels": {"app": "ingress"}}}]},
         "operator": {"watchNamespace": "tenants"},
     },
@@ -168,6 +176,48 @@ def test_the_ingress_has_the_dashboards_name_and_every_instances() -> None:
     hosts = [rule["host"] for rule in made["spec"]["rules"]]
     assert hosts == ["redis.example.com", "*.redis.example.com"]
     assert made["spec"]["tls"] == [{"hosts": hosts, "secretName": "wildcard"}]
+
+
+def test_ingress_nginx_neither_repeats_nor_keeps_back_what_passes() -> None:
+    prefix = "nginx.ingress.kubernetes.io/"
+    own = {"ingress": {"enabled": True, "host": "redis.example.com", "annotations": {"cert-manager.io/issuer": "ours"}}}
+    annotations = find(objects(own), "Ingress", "redisgate")["metadata"]["annotations"]
+    for name in ("proxy-next-upstream", "proxy-buffering", "proxy-request-buffering"):
+        assert annotations[prefix + name] == "off"
+    assert annotations[prefix + "proxy-body-size"] == "0"
+    assert annotations[prefix + "backend-protocol"] == "HTTP"
+    assert annotations["cert-manager.io/issuer"] == "ours"
+    own["ingress"]["annotations"] = {prefix + "backend-protocol": "GRPC"}
+    annotations = find(objects(own), "Ingress", "redisgate")["metadata"]["annotations"]
+    assert annotations[prefix + "backend-protocol"] == "GRPC"
+
+
+def test_a_gateway_that_speaks_tls_is_spoken_to_by_tls() -> None:
+    made = objects(SETTINGS["everything"])
+    pod = find(made, "Deployment", "redisgate-gateway")["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    environ = {one["name"]: one.get("value") for one in container["env"]}
+    (mount,) = [one for one in container["volumeMounts"] if one["name"] == "tls"]
+    for variable, file in (("REDISGATE_TLS_CERT_FILE", "tls.crt"), ("REDISGATE_TLS_KEY_FILE", "tls.key")):
+        assert environ[variable] == f"{mount['mountPath']}/{file}"
+    assert {"name": "tls", "secret": {"secretName": "gateway-tls", "defaultMode": 0o440}} in pod["volumes"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["scheme"] == "HTTPS"
+    ingress = find(made, "Ingress", "redisgate")["metadata"]["annotations"]
+    assert ingress["nginx.ingress.kubernetes.io/backend-protocol"] == "HTTPS"
+    assert find(made, "Service", "redisgate-gateway")["spec"]["ports"][0]["appProtocol"] == "https"
+
+
+def test_prometheus_finds_the_job_and_the_alerts_that_ask_for_it() -> None:
+    """The alerts are those whose firing is tested, by promtool."""
+    made = objects(SETTINGS["everything"])
+    tested = (ROOT / "deploy" / "prometheus" / "alerts.yml").read_text()
+    assert find(made, "PrometheusRule", "redisgate")["spec"] == yaml.safe_load(tested), "make manifests"
+    jobs = set(re.findall(r'job="(\w+)"', tested))
+    assert len(jobs) == 1
+    (endpoint,) = find(made, "ServiceMonitor", "redisgate")["spec"]["endpoints"]
+    assert {"action": "replace", "targetLabel": "job", "replacement": jobs.pop()} in endpoint["relabelings"]
+    assert "PrometheusRule" not in {one["kind"] for one in objects({})}
 
 
 def test_no_secret_is_in_the_pods() -> None:

@@ -259,6 +259,13 @@ def test_the_service_works_over_servers_that_others_run(tmp_path: Path, redis_se
     assert "the service works over redis_version:" in done.stdout
 
 
+def test_caddy_keeps_no_connection_that_its_transport_would_send_a_command_again_on() -> None:
+    """Caddy is not at hand; Go's transport repeats a GET without a body only where a kept connection was used."""
+    text = re.sub(r"(?m)^\s*#.*$", "", (ROOT / "deploy" / "proxies" / "Caddyfile").read_text())
+    assert re.search(r"transport http \{\s+keepalive off\s+\}", text)
+    assert "lb_retries 0" in text
+
+
 def test_nginx_passes_on_commands_and_streams(tmp_path: Path, redis_server: RedisServer) -> None:
     nginx = tool("nginx", "nginx-light")
     port = free_port()
