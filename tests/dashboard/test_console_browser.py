@@ -151,9 +151,11 @@ def test_the_command_line_completes_remembers_and_asks(someone: Visitor, place: 
     expect(screen).to_contain_text("2) (integer) 2")
     prompt.fill(f"SET k '{HOSTILE.replace(chr(39), '')}'")
     prompt.press("Enter")
+    expect(screen.locator(".exchange").last).to_contain_text("OK")  # one at a time is run
     prompt.fill("GET k")
     prompt.press("Enter")
-    expect(screen).to_contain_text("<script>alert(1)</script>")
+    expect(screen.locator(".exchange").last).to_contain_text("> GET k")
+    expect(screen.locator(".exchange").last).to_contain_text("<script>alert(1)</script>")
     prompt.press("ArrowUp")
     expect(prompt).to_have_value("GET k")
     prompt.fill("FLUSHALL")
