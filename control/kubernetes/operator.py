@@ -41,6 +41,7 @@ from control.kubernetes.client import (
     NETWORK_POLICIES,
     POD_MONITORS,
     PODS,
+    RESOURCE_QUOTAS,
     SECRETS,
     SERVICES,
     STATEFUL_SETS,
@@ -313,6 +314,11 @@ class Operator:
             problem = Problem("Ready", "NamespaceRefused", "this operator serves one namespace: it makes no others")
             await self._write_refusal(item, problem)
             return None
+        # In a namespace of its own it would use what the quota of this one does not count.
+        if home(instance) != instance.namespace and await self._client.list_all(RESOURCE_QUOTAS, instance.namespace):
+            text = f"{instance.namespace} has a ResourceQuota, which namespaceMode Dedicated escapes: use Same"
+            await self._write_refusal(item, Problem("Ready", "NamespaceRefused", text))
+            return FOREIGN_SECONDS
         refused = make_plan(instance, self._settings, Observed()).refusal
         if refused is not None:
             await self._write_refusal(item, refused)

@@ -890,6 +890,17 @@ def test_the_oldest_claim_of_a_host_wins(shop: Shop, operator: RunningOperator) 
     wait_for(lambda: host in (shop.route("second") or {})["hosts"], SECONDS)
 
 
+def test_a_namespace_of_its_own_does_not_escape_a_quota(shop: Shop, operator: RunningOperator) -> None:
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "team", "namespace": shop.name}}
+    shop.cluster.create(quota | {"spec": {"hard": {"limits.memory": "1Gi"}}})
+    item = shop.declare(placement={"namespaceMode": "Dedicated"})
+    refused = shop.wait(status="False", reason="NamespaceRefused")
+    assert f"{shop.name} has a ResourceQuota" in refused["message"]
+    assert everything_of(shop.cluster, item["metadata"]["uid"]) == set()
+    shop.cluster.delete("ResourceQuota", shop.name, "team")
+    shop.wait()
+
+
 def test_a_namespace_of_its_own(shop: Shop, operator: RunningOperator) -> None:
     item = shop.declare(placement={"namespaceMode": "Dedicated"}, **DISK)
     shop.wait()
