@@ -91,11 +91,12 @@ METRICS: Final[tuple[Metric, ...]] = (
     Metric("redisgate_redis_connects_total", "counter", "Connections to Redis that were made."),
     Metric("redisgate_redis_connect_failures_total", "counter", "Attempts to connect to Redis that failed."),
     Metric("redisgate_redis_connections_lost_total", "counter", "Connections that ended while requests waited."),
+    Metric("redisgate_redis_instances", "gauge", "Instances that a worker is connected to, or tries to be.", (), "max"),
     Metric("redisgate_redis_instances_away", "gauge", "Instances to which the last connect failed.", (), "max"),
     Metric(
         "redisgate_redis_breaker_open",
         "gauge",
-        "1 while the commands to an instance are refused, since it cannot be reached; absent otherwise.",
+        "1 while an instance is away: the last connect failed, and commands are refused; absent otherwise.",
         _INSTANCE,
         "max",
     ),
@@ -470,22 +471,23 @@ def collect_redis(access: AccessTable) -> Collector:
     """The connections of a worker to Redis."""
 
     def collect(document: Document) -> None:
-        connections = waiting = away = 0
+        connections = waiting = used = away = 0
         shown = 0
         for instance in access.instances.values():
             for backend in instance.backends():
                 pool = backend.pool
                 connections += pool.connection_count
                 waiting += pool.waiting
-                if pool.away:
-                    away += 1
-                if pool.refusing and shown < MAX_SHOWN_BREAKERS:
+                used += pool.away or pool.connection_count > 0
+                away += pool.away
+                if pool.away and shown < MAX_SHOWN_BREAKERS:
                     shown += 1
                     document.gauge(
                         "redisgate_redis_breaker_open", 1, instance_id=instance.id, instance_name=instance.label
                     )
         document.gauge("redisgate_redis_connections", connections)
         document.gauge("redisgate_redis_waiting_commands", waiting)
+        document.gauge("redisgate_redis_instances", used)
         document.gauge("redisgate_redis_instances_away", away)
         document.gauge("redisgate_access_credentials", access.size)
         document.count("redisgate_redis_received_bytes_total", TOTALS.received)

@@ -332,11 +332,6 @@ class Pool:
         return queued + sum([connection.pending for connection in connections])
 
     @property
-    def refusing(self) -> bool:
-        """Whether commands are refused without a try, since the last connect failed a moment ago."""
-        return self._retry_at > 0.0 and time.monotonic() < self._retry_at
-
-    @property
     def away(self) -> bool:
         """Whether the last attempt to connect failed."""
         return self._backoff > 0.0

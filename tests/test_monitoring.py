@@ -159,7 +159,9 @@ class Prometheus:
 
 def test_prometheus_reads_it_all_and_answers_what_the_dashboards_ask(redis_server: RedisServer, tmp_path: Path) -> None:
     port = free_port()
-    gateway = Gateway(single_instance(redis_server, REDISGATE_METRICS_PORT=str(port)), ["--workers", "1"])
+    # Traces are begun, and dropped: nobody takes them.
+    arguments = ["--workers", "1", "--trace-endpoint", "http://127.0.0.1:9", "--trace-ratio", "0"]
+    gateway = Gateway(single_instance(redis_server, REDISGATE_METRICS_PORT=str(port)), arguments)
     prometheus = Prometheus(port, tmp_path)
     try:
         with Client(gateway.port) as client:

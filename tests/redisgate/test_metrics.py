@@ -223,6 +223,11 @@ def test_a_redis_that_is_away_and_limits_that_refuse_are_told() -> None:
             wait_for(
                 lambda: client.get("/get/a") and measured.value("redisgate_redis_breaker_open"), what="the breaker"
             )
+        # It is named for as long as it is away, not only until the next try may be made.
+        gained = measured.gains()
+        wait_for(lambda: gained("redisgate_event_loop_lag_seconds_count") > 25, what="two seconds and a half to pass")
+        assert measured.value("redisgate_redis_breaker_open", instance_id="one") == 1
+        assert measured.value("redisgate_redis_instances") == 1
         assert measured.value("redisgate_redis_connect_failures_total") > 0
         assert measured.value("redisgate_http_requests_total", status="503") > 0
     finally:
