@@ -22,6 +22,7 @@ BOUNDS: tuple[tuple[str, str, str, str], ...] = (
     ("redisgate.tls", "SHUTDOWN_SECONDS", "s", "for a client to answer that a TLS connection ends"),
     ("redisgate.tls", "DRAIN_SECONDS", "s", "for handshakes under way when a worker stops"),
     ("redisgate.check", "MAX_AT_ONCE", "connections", "`check` and `doctor` try side by side"),
+    ("redisgate.healthcheck", "TIMEOUT", "s", "`healthcheck` waits for an answer"),
     ("redisgate.loadtest", "MAX_RATE", "requests/s", "`loadtest` sends at most"),
     ("redisgate.loadtest", "MAX_SECONDS", "s", "a `loadtest` lasts at most"),
     ("redisgate.loadtest", "MAX_CONNECTIONS", "connections", "of one `loadtest`"),
