@@ -91,7 +91,7 @@ def _wants_openmetrics(head: Head) -> bool:
                 kind, *parameters = (part.strip().lower() for part in item.split(";"))
                 weight = next((part[2:] for part in parameters if part.startswith("q=")), "1")
                 if kind in weights:
-                    weights[kind] = max(weights[kind], float(weight) if weight.replace(".", "", 1).isdigit() else 0.0)
+                    weights[kind] = max(weights[kind], float(weight) if weight.replace(".", "", 1).isdecimal() else 0.0)
     return weights["application/openmetrics-text"] > 0.0 and (
         weights["application/openmetrics-text"] >= weights["text/plain"]
     )

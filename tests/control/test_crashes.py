@@ -256,6 +256,7 @@ SCENARIOS = {
             "prepared",
             "started",
             "adjusted",
+            "append-only file written",
             "snapshot loaded",
             "load a snapshot: recorded",
         ),
