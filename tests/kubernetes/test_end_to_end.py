@@ -220,7 +220,7 @@ RESOURCES = "/apis/redisgate.io/v1/namespaces/shop/redishttpinstances"
         ("gateway", "PATCH", f"{RESOURCES}/x"),
         ("gateway", "GET", f"{CORE}/pods"),
         ("control-plane", "GET", f"{SHOP}/secrets"),
-        ("control-plane", "GET", "/apis/apps/v1/namespaces/shop/statefulsets"),
+        ("control-plane", "DELETE", "/apis/apps/v1/namespaces/shop/statefulsets/x"),
         ("control-plane", "DELETE", f"{SHOP}/resourcequotas/x"),
         ("operator", "DELETE", f"{RESOURCES}/x"),
         ("operator", "POST", RESOURCES),

@@ -225,7 +225,7 @@ def test_the_port_of_metrics(setup: Setup, capsys: pytest.CaptureFixture[str], m
     setup.environ |= {"REDISGATE_METRICS_PORT": str(port), "REDISGATE_METRICS_HOST": "0.0.0.0"}
     report = setup.run(capsys)
     assert (report["exit"], f"metrics port {port}: can be listened on" in findings(report, OK)) == (0, True)
-    assert "reads the metrics, with the names of instances" in findings(report, NOTE)
+    assert "reads the metrics, and in them the names of instances" in findings(report, NOTE)
     with socket.create_server(("0.0.0.0", port)):
         report = setup.run(capsys)
     assert f"metrics port {port}: cannot listen on 0.0.0.0" in findings(report, FAIL)

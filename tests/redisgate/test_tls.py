@@ -211,10 +211,10 @@ def test_who_does_not_finish_the_handshake_is_cut_off(served: Served, payload: b
 
 
 def test_a_client_that_leaves_in_the_middle_leaves_no_trace(served: Served, trusting: ssl.SSLContext) -> None:
-    client = TlsClient(served.gateway.port, trusting)
-    client.send("GET", "/get/x")
-    client.tls.unwrap()  # says that nothing more comes
-    client.close()
+    with TlsClient(served.gateway.port, trusting) as client:
+        client.send("GET", "/get/x")
+        with contextlib.suppress(ssl.SSLError):  # the answer may cross what is said here
+            client.tls.unwrap()  # says that nothing more comes
     with TlsClient(served.gateway.port, trusting) as other:
         assert other.get("/ping").result == "PONG"
     assert "eof_received" not in served.gateway.log()
