@@ -219,7 +219,7 @@ def test_the_database_is_migrated_under_load_while_both_releases_serve(
                 load.phase = "while the old one ends"
                 # Taken out of rotation, the old one drains and ends; nobody notices.
                 before.process.terminate()
-                assert before.process.wait(30) == 0
+                assert before.process.wait(60) == 0  # drain_timeout, and what else has to end
                 load.more(5)
             finally:
                 load.stop()
