@@ -193,6 +193,7 @@ class Load:
         api.call("DELETE", f"api-keys/{key_id}")
 
 
+@pytest.mark.timeout(180)
 def test_the_database_is_migrated_under_load_while_both_releases_serve(
     urls: Urls, redis_server: RedisServer, tmp_path: Path
 ) -> None:

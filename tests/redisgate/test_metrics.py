@@ -92,12 +92,13 @@ def test_what_stands_between_is_told(measured: Measured) -> None:
         listener.send("GET", "/subscribe/metrics-channel")
         listener.read_head()
         wait_for(lambda: measured.value("redisgate_http_streams") == 1, what="the stream")
-        assert measured.value("redisgate_http_connections") >= 2
-        assert measured.value("redisgate_redis_connections") >= 1
+        # Each worker publishes by itself, once a second.
+        wait_for(lambda: measured.value("redisgate_http_connections") >= 2, what="both connections")
+        wait_for(lambda: measured.value("redisgate_redis_connections") >= 1, what="the connection to Redis")
     assert measured.value("redisgate_workers") == measured.value("redisgate_workers_wanted") == 2
     assert measured.value("redisgate_build_info") == 1
     assert measured.value("redisgate_worker_silent_seconds") < 30
-    assert measured.value("redisgate_event_loop_lag_seconds_count") > 0
+    wait_for(lambda: measured.value("redisgate_event_loop_lag_seconds_count") > 0, what="the lag of the event loop")
     wait_for(lambda: measured.value("redisgate_http_streams") == 0, what="the stream to end")
 
 
