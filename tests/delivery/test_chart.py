@@ -58,7 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
         },
         "networkPolicy": {"ingressFrom": [{"podSelector": {"matchLabels": {"app": "ingress"}}}]},
-        "operator": {"watchNamespace": "tenants"},
+        "operator": {"extraArgs": ["--no-open-networks"], "watchNamespace": "tenants"},
     },
     "gateway only": {
         "provisioner": "external",
