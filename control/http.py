@@ -79,6 +79,21 @@ log = logging.getLogger(__name__)
 # Errors: each becomes an answer in the envelope
 
 
+class Said(str):
+    """A sentence in English, as the API has it, that pages have in the reader's language: `common.said_<key>`."""
+
+    __slots__ = ("key", "values")
+
+    def __new__(cls, key: str, english: str, **values: object) -> "Said":
+        """`english` is what the English catalogue has under this key."""
+        made = super().__new__(cls, english.format_map(values) if values else english)
+        made.key, made.values = key, values
+        return made
+
+    key: str
+    values: dict[str, object]
+
+
 class ApiError(Exception):
     """An answer that is no success. The message says what to do about it."""
 
@@ -95,7 +110,9 @@ class ApiError(Exception):
 class BadRequest(ApiError):
     """The request is wrong; `fields` says what is wrong with each."""
 
-    def __init__(self, message: str = "some fields are wrong", fields: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, message: str = Said("fields", "some fields are wrong"), fields: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(400, message, {"fields": dict(fields)} if fields else None)
 
 
@@ -620,7 +637,7 @@ async def _authorize(request: ApiRequest) -> None:
         if principal.kind != "user":
             raise Forbidden("an API key cannot do this; sign in as a person")
         if permission == "admin" and not principal.is_admin:
-            raise Forbidden("only administrators of the platform may do this")
+            raise Forbidden(Said("administrators", "only administrators of the platform may do this"))
         return
     organization_id: UUID = request.path["org_id"]
     role = None
@@ -636,9 +653,10 @@ async def _authorize(request: ApiRequest) -> None:
             raise Forbidden("administrators of the platform may read here, and set quotas; this is for members")
         role, principal = "admin", dataclasses.replace(principal, looks_in=True)
     if role is None:
-        raise NotFound("there is no such organization")
+        raise NotFound(Said("no_organization", "there is no such organization"))
     if not allows(role, permission):
-        raise Forbidden(f"your role here is {role}; this needs {PERMISSIONS[permission].role}")
+        needed = PERMISSIONS[permission].role
+        raise Forbidden(Said("role", "your role here is {role}; this needs {needed}", role=role, needed=needed))
     if principal.scopes is not None and PERMISSIONS[permission].people:
         raise Forbidden("an API key cannot do this; sign in as a person")
     if principal.scopes is not None and not allows(role, permission, principal.scopes):
@@ -646,7 +664,7 @@ async def _authorize(request: ApiRequest) -> None:
     if principal.narrowed and permission in _GIVES_ALL:
         raise Forbidden("this API key is narrowed, and this gives all of an instance: use another key, or sign in")
     if principal.instance_ids is not None and request.path.get("instance_id") not in (None, *principal.instance_ids):
-        raise NotFound("there is no such instance")
+        raise NotFound(Said("no_instance", "there is no such instance"))
     request.principal = dataclasses.replace(principal, organization_id=organization_id, role=role)
 
 
@@ -733,7 +751,7 @@ def parse_body(kind: type[msgspec.Struct], body: bytes) -> Any:
 
 def convert_body(kind: type[msgspec.Struct], values: dict[str, Any]) -> Any:
     """A form's fields, which are text, as the type of a body. Raises BadRequest, which names each field."""
-    return _convert(kind, values, "some fields are wrong", strict=False, ignore_unknown=False)
+    return _convert(kind, values, Said("fields", "some fields are wrong"), strict=False, ignore_unknown=False)
 
 
 def _convert(
@@ -755,7 +773,7 @@ def _convert(
             fields[name] = _wrong(error)
     for name, one in known.items():
         if one.required and name not in values:
-            fields[name] = "is required"
+            fields[name] = Said("required", "is required")
     if fields:
         raise BadRequest(message, fields)
     try:
@@ -765,8 +783,9 @@ def _convert(
 
 
 _BOUND: Final = re.compile(r" ([<>]=?) (-?\d+)\b")
-_NO_NAME: Final = "must have no control characters, and no white space at its beginning or end"
-_NOT_SO: Final = "has characters, or an order of them, that are not permitted here"
+_TOLD_BOUND: Final = re.compile(r"expected (?:str( of a length)|int) of at (least|most) (.+)")
+_NO_NAME: Final = Said("no_name", "must have no control characters, and no white space at its beginning or end")
+_NOT_SO: Final = Said("not_so", "has characters, or an order of them, that are not permitted here")
 _SIZES: Final = ((30, "GiB"), (20, "MiB"))
 
 
@@ -778,8 +797,17 @@ def _wrong(error: msgspec.ValidationError) -> str:
     text = _BOUND.sub(_in_words, text)
     if " matching regex " in text:
         text = _NO_NAME if NAME_PATTERN in text or repr(NAME_PATTERN) in text else _NOT_SO
+    if text in (_NO_NAME, _NOT_SO) and not where:
+        return text
     text = text[:1].lower() + text[1:]
-    return f"{text} (at {where})" if where else text
+    if where:
+        return f"{text} (at {where})"
+    bound = _TOLD_BOUND.fullmatch(text)
+    if bound is not None:
+        length = bound[1] is not None
+        key = {"least": "too_short", "most": "too_long"} if length else {"least": "too_small", "most": "too_large"}
+        return Said(key[bound[2]], text.replace(bound[3], "{bound}"), bound=bound[3])
+    return text
 
 
 def _in_words(found: re.Match[str]) -> str:
@@ -885,6 +913,7 @@ def envelope(status: int, success: bool, data: object, message: str) -> Response
 
 
 _AS_TEXT = (
+    Said,
     ipaddress.IPv4Address,
     ipaddress.IPv6Address,
     ipaddress.IPv4Network,

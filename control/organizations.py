@@ -16,7 +16,7 @@ import asyncpg
 
 from control.audit import Acting, record
 from control.database import Connection, Record
-from control.http import Conflict, Forbidden, NotFound, QuotaExceeded
+from control.http import Conflict, Forbidden, NotFound, QuotaExceeded, Said
 from control.mailer import Message
 from control.quotas import create_quota, lock_usage
 from control.roles import may_grant, rank
@@ -287,7 +287,7 @@ async def _refuse_last_owner(connection: Connection, organization_id: UUID) -> N
         "SELECT count(*) FROM memberships WHERE organization_id = $1 AND role = 'owner'", organization_id
     )
     if owners <= 1:
-        raise Conflict("this is the organization's last owner; make somebody else an owner first")
+        raise Conflict(Said("last_owner", "this is the organization's last owner; make somebody else an owner first"))
 
 
 async def _role(connection: Connection, organization_id: UUID, user_id: UUID, missing: str) -> str:

@@ -43,6 +43,7 @@ from control.http import (
     Context,
     Endpoint,
     Forbidden,
+    Said,
     SomeHandler,
     Unauthorized,
 )
@@ -389,7 +390,8 @@ async def render(
         known["shell"] = await _shell(request)
     if error is not None:
         status = error.status
-        known |= {"error": error.message, "fields": fields_of(error)}
+        fields = {name: _in_their_words(request, text) for name, text in fields_of(error).items()}
+        known |= {"error": _in_their_words(request, error.message), "fields": fields}
     flash = request.raw.cookies.get(FLASH_COOKIE)
     if flash is not None and not known["refreshing"]:
         request.set_cookie(FLASH_COOKIE, "", 0)
@@ -400,6 +402,16 @@ async def render(
         for name, value in error.headers.items():
             response.headers.setdefault(name, value)
     return response
+
+
+def _in_their_words(request: PageRequest, text: str) -> str:
+    if not isinstance(text, Said):
+        return text
+    values = {
+        name: request.texts(f"common.role_{value}") if name in ("role", "needed") else value
+        for name, value in text.values.items()
+    }
+    return request.texts(f"common.said_{text.key}", **values)
 
 
 def fields_of(error: ApiError) -> dict[str, str]:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from control.audit import Acting, record
 from control.database import Connection, Record
-from control.http import BadRequest, Forbidden, NotFound, QuotaExceeded
+from control.http import BadRequest, Forbidden, NotFound, QuotaExceeded, Said
 
 MIB: Final = 1024 * 1024
 GIB: Final = 1024 * MIB
@@ -286,13 +286,24 @@ async def reserve_instance(
     instances, memory = used["instances"] - (own is not None), used["memory"] - (own or 0)
     if own is None and instances + 1 > limits.max_instances:
         raise QuotaExceeded(
-            f"{instances} of {limits.max_instances} instances are used; delete one, or ask for a larger quota",
+            Said(
+                "quota_instances",
+                "{used} of {limit} instances are used; delete one, or ask for a larger quota",
+                used=instances,
+                limit=limits.max_instances,
+            ),
             {"quota": "max_instances", "limit": limits.max_instances, "used": instances, "requested": 1},
         )
     if memory + max_memory > limits.max_memory and (own is None or max_memory > own):
         raise QuotaExceeded(
-            f"{memory / MIB:g} MiB of {limits.max_memory / MIB:g} MiB of memory are used, so {max_memory / MIB:g} MiB"
-            " do not fit; ask for less, free some, or ask for a larger quota",
+            Said(
+                "quota_memory",
+                "{used} MiB of {limit} MiB of memory are used, so {more} MiB do not fit; ask for less, free some, or"
+                " ask for a larger quota",
+                used=f"{memory / MIB:g}",
+                limit=f"{limits.max_memory / MIB:g}",
+                more=f"{max_memory / MIB:g}",
+            ),
             {
                 "quota": "max_memory_gb",
                 "limit": limits.max_memory,
@@ -315,7 +326,12 @@ async def reserve_api_key(connection: Connection, organization_id: UUID) -> None
     used = await connection.fetchval(_LIVE_KEYS, organization_id)
     if used + 1 > limits.max_api_keys:
         raise QuotaExceeded(
-            f"{used} of {limits.max_api_keys} API keys are used; revoke one, or ask for a larger quota",
+            Said(
+                "quota_keys",
+                "{used} of {limit} API keys are used; revoke one, or ask for a larger quota",
+                used=used,
+                limit=limits.max_api_keys,
+            ),
             {"quota": "max_api_keys", "limit": limits.max_api_keys, "used": used, "requested": 1},
         )
 

@@ -19,7 +19,7 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final
 
 from control.database import Database
-from control.http import TooManyRequests
+from control.http import Said, TooManyRequests
 from control.tokens import derive_key
 
 
@@ -101,7 +101,7 @@ class Throttle:
             [subject.digest for subject in subjects],
         )
         if wait is not None and wait > 0:
-            raise TooManyRequests("too many attempts failed; wait a little and try again", wait)
+            raise TooManyRequests(Said("throttled", "too many attempts failed; wait a little and try again"), wait)
 
     async def failed(self, database: Database, subjects: Sequence[Subject]) -> None:
         """Count a failure."""

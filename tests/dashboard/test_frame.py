@@ -6,6 +6,7 @@ import logging
 import re
 import tomllib
 from pathlib import Path
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -182,7 +183,30 @@ async def test_what_needs_a_role_says_which(pages: Pages, client: httpx.AsyncCli
     viewer = await join(client, owner, "viewer")
     await pages.sign_in(viewer.email, PASSWORD)
     response = await pages.get(f"/dashboard/{owner.organization_id}/audit", 403)
-    assert "your role here is viewer" in response.text
+    assert "your role here is Viewer" in response.text
+
+
+async def test_errors_are_told_in_the_readers_language(pages: Pages, client: httpx.AsyncClient) -> None:
+    owner = await register(client)
+    viewer = await join(client, owner, "viewer")
+    await pages.sign_in(viewer.email, PASSWORD)
+    client.cookies.set(frame.LANGUAGE_COOKIE, "vi")
+    home = f"/dashboard/{owner.organization_id}"
+    refused = await pages.get(f"{home}/keys/new", 403)
+    assert "vai trò của bạn ở đây là Người xem; việc này cần vai trò Thành viên" in refused.text
+    assert "không có tổ chức này" in (await pages.get(f"/dashboard/{uuid4()}", 404)).text
+    client.cookies.delete(SESSION_COOKIE)
+    await pages.get("/register")
+    wrong = (await pages.post("/register", 400, **registration(username="x", password="short"))).text
+    assert "phải có ít nhất 2 ký tự" in wrong
+    assert "expected" not in wrong
+
+
+def test_what_errors_say_is_in_the_catalogue() -> None:
+    sources = "".join(path.read_text() for path in (TEMPLATES.parent / "control").rglob("*.py"))
+    said = set(re.findall(r'\bSaid\(\s*"(\w+)"', sources)) | {"too_short", "too_long", "too_small", "too_large"}
+    known = {key.removeprefix("common.said_") for key in texts("en").keys() if key.startswith("common.said_")}
+    assert said == known
 
 
 async def test_an_unknown_address_is_a_page_for_people_and_json_for_programs(
